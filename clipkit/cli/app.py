@@ -1,0 +1,100 @@
+"""The application, its commands, and the way every failure leaves: two lines and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from clipkit.cli import configs, data, evaluating, machine, training
+from clipkit.cli.output import rank
+from clipkit.log import redact
+from clipkit.types import ClipkitError, ConfigError
+
+_EPILOG = (
+    "Exit codes: 0 done, 1 run-time failure, 2 usage or configuration, 3 data, 4 a gate failed, "
+    "130 interrupted with the checkpoint saved."
+)
+
+# Plain help: the styled one imports rich's markdown machinery and takes 0.8 s instead of 0.2 s.
+app = typer.Typer(
+    name="clipkit",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+)
+app.command("quickstart")(training.quickstart)
+app.command("pretrain")(training.pretrain)
+app.command("zeroshot")(evaluating.zeroshot)
+app.command("retrieval")(evaluating.retrieval)
+app.command("export")(evaluating.export)
+app.command("index")(data.index)
+app.add_typer(configs.app, name="configs")
+app.command("doctor")(machine.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from clipkit import __version__
+
+        print(f"clipkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of a failure (anywhere on the line).")
+    ] = False,
+) -> None:
+    """Pretrain, fine-tune, evaluate and ship CLIP-style image-text models."""
+
+
+def _report(error: Exception) -> int:
+    """Prints a failure on stderr and returns its exit code."""
+    prefix = f"rank {rank()}: " if rank() else ""
+    if isinstance(error, ConfigError) and rank():
+        return error.exit_code  # the same on every rank; rank 0 prints it
+    pairs: list[tuple[str, str]]
+    if isinstance(error, ClipkitError):
+        problems: Sequence[Any] = getattr(error, "problems", ())
+        pairs = [(str(problem), problem.cure) for problem in problems] or [(error.cause, error.cure)]
+        code = error.exit_code
+    else:
+        summary = " ".join(str(error).split()) or "no message"
+        pairs, code = [(f"{type(error).__name__}: {summary}", "run it again with --traceback for details")], 1
+    for cause, cure in pairs:
+        print(redact(f"{prefix}error: {cause}\n  cure: {cure}"), file=sys.stderr)
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; `arguments` default to those of the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with_traceback = "--traceback" in given
+    given = [argument for argument in given if argument != "--traceback"]
+    try:
+        code = app(args=given, prog_name="clipkit", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`clipkit ... | head`): stop without a second error at exit.
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the parser
+            error.show()
+            return int(error.exit_code)
+        if with_traceback:
+            traceback.print_exception(error)
+        return _report(error)
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,88 @@
+"""`clipkit configs ls`, `show` and `validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipkit.cli.output import say, table
+from clipkit.types import ConfigError
+
+app = typer.Typer(help="List, show and check configurations.", no_args_is_help=True, rich_markup_mode=None)
+# A source checkout has configs/ beside the package; an installed package has none.
+_SHIPPED = Path(__file__).resolve().parents[2] / "configs"
+
+Paths = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[PATH]...", help="Files or folders; default: those of clipkit."),
+]
+
+
+def _files(paths: list[Path] | None) -> list[Path]:
+    roots = paths or ([_SHIPPED] if _SHIPPED.is_dir() else [])
+    if not roots:
+        raise ConfigError(
+            "no configurations are installed", "name YAML files, or work in a checkout of clipkit"
+        )
+    found: list[Path] = []
+    for root in roots:
+        if not root.exists():
+            raise ConfigError(f"{root} does not exist", "check the path")
+        found += sorted(root.rglob("*.yaml")) if root.is_dir() else [root]
+    return found
+
+
+def _near(path: Path) -> Path:
+    """The path as short as it can be written from here."""
+    here = Path.cwd()
+    return path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
+
+
+def _summary(path: Path) -> str:
+    """The first comment line, which says what a configuration is."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+@app.command("ls")
+def ls(paths: Paths = None) -> None:
+    """List configurations and what each is for."""
+    rows = [[str(_near(path)), _summary(path)] for path in _files(paths)]
+    say(table(rows) if rows else "no configurations")
+
+
+@app.command("show")
+def show(
+    config: Annotated[Path, typer.Argument(show_default=False, help="A YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Print the complete configuration: file, what it extends, overrides and every default."""
+    from clipkit.config import load_config
+
+    say(load_config(config, overrides or []).dump().rstrip())
+
+
+@app.command("validate")
+def validate(paths: Paths = None) -> None:
+    """Check configurations completely, objectives and their options included; exit 2 on a problem."""
+    from clipkit.config import ConfigErrors, load_config
+    from clipkit.config.problems import Origin, Problem
+    from clipkit.objectives import OBJECTIVES, build_objectives
+
+    problems: list[Problem] = []
+    files = _files(paths)
+    for path in files:
+        try:
+            checked = load_config(path)
+            entries = [{"name": e.name, "weight": e.weight, **e.options} for e in checked.objectives]
+            build_objectives(entries, OBJECTIVES)
+        except ConfigErrors as error:
+            problems += error.problems
+        except ConfigError as error:
+            problems.append(Problem(Origin(str(path)), error.cause, error.cure))
+        else:
+            say(f"{_near(path)}: valid")
+    if problems:
+        raise ConfigErrors(problems)

@@ -1,0 +1,41 @@
+"""`clipkit index`: what is in shards, and whether they are whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clipkit.cli.output import StageProgress, say, size, table
+
+
+def index(
+    shards: Annotated[
+        list[str],
+        typer.Argument(metavar="SHARDS...", show_default=False, help="Paths, braces, globs or folders."),
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Walk every shard again, ignoring a cached index.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that walk shards.")] = 1,
+) -> None:
+    """Index shards for training; print samples and bytes of each; exit 3 on the first damage.
+
+    Example: clipkit index 'train/{000..015}.tar'
+    """
+    from clipkit.data.tar_index import build_index, expand_shards
+
+    with StageProgress() as progress:
+        found = build_index(
+            expand_shards(shards),
+            workers=workers,
+            on_shard=lambda done, total: progress("shards", done, total),
+            refresh=verify,
+        )
+    rows = [["samples", "bytes", "shard"]]
+    for shard, count, length in zip(found.shards, found.counts, found.sizes, strict=True):
+        rows.append([f"{int(count):,}", size(float(length)), shard])
+    say(table(rows))
+    ignored = f", {found.ignored:,} members that belong to no sample" if found.ignored else ""
+    held = size(float(found.sizes.sum()))
+    say(f"{found.num_samples:,} samples in {len(found.shards):,} shards, {held}{ignored}")

@@ -1,0 +1,132 @@
+"""What commands print, on the main rank only: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.log import redact
+from clipkit.types import ConfigError
+
+if TYPE_CHECKING:
+    from clipkit.dist import World
+
+
+def rank() -> int:
+    """Returns the rank that a launcher gave this process, 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_launcher(device: str) -> tuple[World, str]:
+    """Returns the ranks of this command and its device, joining the process group that a launcher asks for.
+
+    device "auto" becomes the device of this rank when there are several.
+    """
+    from clipkit.dist import World
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        own = str(PartialState().device)
+        device = own if device == "auto" else device
+    return World.current(), device
+
+
+def say(text: str) -> None:
+    """Prints one piece of text on the main rank."""
+    if rank() == 0:
+        print(redact(text), flush=True)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows as aligned columns, two spaces apart."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes as people read it."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time span as people read it."""
+    for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds / 86_400:.3g} days"
+
+
+def check_out(out: Path | None) -> None:
+    """Raises ConfigError before the work starts when a result file cannot be written."""
+    if out is None or str(out) == "-":
+        return
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if (
+        out.is_dir()
+        or not os.access(nearest, os.W_OK)
+        or (nearest != out.absolute() and not nearest.is_dir())
+    ):
+        raise ConfigError(f"--out {out} cannot be written", "choose a file in a folder you may write to")
+
+
+def result(values: Mapping[str, Any], out: Path | None) -> None:
+    """Prints an evaluation result; `out` also gets it as JSON (`-`: only the JSON, on standard output)."""
+    from clipkit.evaluation import format_table, write_result
+
+    if rank():
+        return
+    if str(out) == "-":
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+        return
+    say("\n".join(format_table(values)))
+    if out is not None:
+        say(f"written to {write_result(values, out)}")
+
+
+class StageProgress:
+    """Progress on stderr of the main rank: a bar on a terminal, a line every ten seconds elsewhere.
+
+    Calling it with (stage, done, total) moves the stage on; leaving the block removes the bar.
+    """
+
+    INTERVAL_S = 10.0
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._said = time.monotonic()
+        self._silent = rank() != 0
+
+    def __enter__(self) -> StageProgress:
+        if not self._silent and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(stage, total=total)
+            self._bar.update(self._tasks[stage], completed=done, total=total)
+        elif not self._silent and time.monotonic() - self._said >= self.INTERVAL_S:
+            self._said = time.monotonic()
+            print(f"{stage}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

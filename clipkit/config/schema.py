@@ -1,0 +1,323 @@
+"""What a configuration may contain: one frozen model per section, unknown keys forbidden."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from clipkit.config.interval import parse_interval
+
+
+def _whole(value: Any) -> Any:
+    """YAML reads 12.8e9 as a float; a count written that way is still a count."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
+
+
+def as_tuple(value: Any) -> Any:
+    """Returns a list as the tuple it becomes in an immutable section; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def refuse(cause: str, cure: str) -> PydanticCustomError:
+    """Returns the error a validator raises: a cause about the key at hand, and a cure of its own."""
+    # Braces in values must not be read as fields of the message template.
+    return PydanticCustomError("clipkit", "{cause}", {"cause": cause, "cure": cure})
+
+
+def _interval(value: Any) -> int | str:
+    value = _whole(value)
+    try:
+        parse_interval(value)
+    except ValueError as error:
+        raise refuse(str(error), "write 500 (steps), 30min or 5%") from error
+    return value
+
+
+def _warmup(value: Any) -> int | str:
+    value = _whole(value)
+    if not isinstance(value, bool) and value in (0, "0", "0%"):
+        return 0
+    cure = "write 500 (steps) or a share of the run up to 25%"
+    try:
+        parsed = parse_interval(value)
+    except ValueError as error:
+        raise refuse(str(error), cure) from error
+    if parsed.seconds is not None:
+        raise refuse(f"expected a number of steps or a share of the run, not {value!r}", cure)
+    if parsed.fraction is not None and parsed.fraction > 0.25:
+        raise refuse(f"warm-up over 25% of the run, {value!r}", cure)
+    return value
+
+
+def _freeze(value: Any) -> bool | str:
+    if value is True or value is False or value in ("trunk", "all"):
+        return value
+    raise refuse(f"expected false, true, trunk or all, not {value!r}", "true means trunk")
+
+
+def _weight_ema(value: Any) -> bool | float | str:
+    if value is True or value is False or value == "auto":
+        return value
+    if isinstance(value, float) and 0.0 < value < 1.0:
+        return value
+    raise refuse(
+        f"expected auto, true, false or a decay between 0 and 1, not {value!r}",
+        "auto averages the weights of runs on fewer than 20 million pairs",
+    )
+
+
+def _default_workers() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2, usable)
+
+
+def _workers(value: Any) -> Any:
+    return _default_workers() if value == "auto" else _whole(value)
+
+
+def _sources(value: Any) -> Any:
+    """A string, or a list of strings, is one source with the default caption field."""
+    if isinstance(value, str):
+        return ({"shards": value},)
+    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+        return ({"shards": value},)
+    return as_tuple(value)
+
+
+def _shards(value: Any) -> str | tuple[str, ...]:
+    entries = (value,) if isinstance(value, str) else as_tuple(value)
+    if not isinstance(entries, tuple) or not entries or not all(isinstance(e, str) and e for e in entries):
+        raise refuse(
+            f"expected a path, pattern or folder, or a list of them, not {value!r}",
+            "for example train/{000..015}.tar or a folder of .tar files",
+        )
+    return value if isinstance(value, str) else entries
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+Every = Annotated[int | str, PlainValidator(_interval)]
+OptionalEvery = Annotated[
+    int | str | None, PlainValidator(lambda value: None if value is None else _interval(value))
+]
+
+
+class Section(BaseModel):
+    """The rules of every section: immutable, no unknown keys, no silent conversion, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TowerConfig(Section):
+    """One tower. init: weights to start from; freeze: false, true (= trunk), trunk or all; lr: own rate."""
+
+    init: Text | None = None
+    freeze: Annotated[bool | str, PlainValidator(_freeze)] = False
+    lr: Positive | None = None
+
+
+class ModelConfig(Section):
+    """A name that open_clip knows, or its model_cfg inline; where weights come from; tower options."""
+
+    name: Text | None = None
+    embed_dim: Count | None = None
+    vision_cfg: dict[str, Any] | None = None
+    text_cfg: dict[str, Any] | None = None
+    quick_gelu: bool | None = None
+    init: Text | None = None
+    tokenizer: Text | None = None
+    image: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+
+    @model_validator(mode="after")
+    def _named_or_inline(self) -> ModelConfig:
+        inline = {"embed_dim": self.embed_dim, "vision_cfg": self.vision_cfg, "text_cfg": self.text_cfg}
+        absent = [key for key, value in inline.items() if value is None]
+        if self.name is not None and len(absent) < len(inline):
+            raise refuse("both a name and an inline model_cfg are given", "keep one of the two")
+        if self.name is None and absent:
+            raise refuse(
+                f"neither a name nor a complete inline model_cfg ({', '.join(absent)} missing)",
+                "set model.name, for example ViT-B-32, or embed_dim, vision_cfg and text_cfg",
+            )
+        return self
+
+    @property
+    def spec(self) -> str | dict[str, Any]:
+        """Returns what a model is built from: the name, or a fresh copy of the inline model_cfg."""
+        if self.name is not None:
+            return self.name
+        inline: dict[str, Any] = {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": dict(self.vision_cfg or {}),
+            "text_cfg": dict(self.text_cfg or {}),
+        }
+        return inline if self.quick_gelu is None else {**inline, "quick_gelu": self.quick_gelu}
+
+
+class ObjectiveConfig(Section):
+    """One term of the loss. Everything besides name and weight belongs to the objective's own class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Text
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Returns the options of the objective's own class, as written."""
+        return dict(self.model_extra or {})
+
+
+class CaptionConfig(Section):
+    """Where a caption is read: `txt`, or a path into the JSON member such as `json.caption`."""
+
+    field: Text = "txt"
+    weight: Positive = 1.0
+
+
+class SourceConfig(Section):
+    """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture."""
+
+    shards: Annotated[str | tuple[str, ...], PlainValidator(_shards)]
+    captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        CaptionConfig(),
+    )
+    weight: Positive = 1.0
+
+
+class DataConfig(Section):
+    """What is trained on. batch_size is GLOBAL; micro_batch is samples per rank and forward pass."""
+
+    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), Field(min_length=1)]
+    batch_size: Count
+    micro_batch: Count | None = None
+    workers: Annotated[int, BeforeValidator(_workers), Field(ge=0)] = Field(default_factory=_default_workers)
+    lanes: Count | None = None
+    window_bytes: Count = 1 << 30
+    max_pixels: Count = 64_000_000
+    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_consecutive: Count = 100
+    allow_pipe: bool = False
+    crop_scale: Annotated[tuple[float, float], BeforeValidator(as_tuple)] | None = None
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None
+
+    @field_validator("train")
+    @classmethod
+    def _one_source(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if len(value) > 1 or len(value[0].captions) > 1:
+            raise refuse(
+                f"{len(value)} sources with {len(value[0].captions)} caption fields in the first; "
+                "exactly one source with one caption field is read",
+                "name one source (its shards may be a list) and one caption field",
+            )
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _crop(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0.0 < value[0] <= value[1] <= 1.0:
+            raise refuse(
+                f"not a range of areas: {list(value)}", "write [low, high] with 0 < low <= high <= 1"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _micro_fits(self) -> DataConfig:
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise refuse(
+                f"micro_batch {self.micro_batch} exceeds batch_size {self.batch_size}",
+                "batch_size is the global batch; micro_batch is a part of it on one process",
+            )
+        if self.lanes is not None and self.batch_size % self.lanes:
+            raise refuse(
+                f"lanes {self.lanes} does not divide batch_size {self.batch_size}",
+                "choose a divisor of batch_size, or leave lanes out",
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule. lr None: 5e-4 from a batch of 16,384 on, 1e-3 below; final_lr: share of lr."""
+
+    lr: Positive | None = None
+    betas: Annotated[tuple[float, float], BeforeValidator(as_tuple)] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.2
+    clip_norm: Positive | None = 1.0
+    warmup: Annotated[int | str, PlainValidator(_warmup)] = "5%"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @field_validator("betas")
+    @classmethod
+    def _in_unit(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0.0 <= beta < 1.0 for beta in value):
+            raise refuse(f"a beta outside [0, 1): {list(value)}", "write for example [0.9, 0.98]")
+        return value
+
+
+class EvaluateConfig(Section):
+    """One evaluation inside training; `name` labels its numbers (default: the last part of `data`)."""
+
+    task: Literal["zeroshot", "retrieval"]
+    data: Text
+    classnames: Text | None = None
+    templates: Text | None = None
+    name: Text | None = None
+
+    @property
+    def label(self) -> str:
+        """Returns the name under which results are logged."""
+        return self.name or Path(self.data).name or self.task
+
+
+class RunConfig(Section):
+    """Length, precision, seed and cadence. Exactly one of samples, epochs and steps."""
+
+    dir: Text | None = None
+    samples: Count | None = None
+    epochs: Count | None = None
+    steps: Count | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: Whole = 0
+    checkpoint_every: Every = "30min"
+    keep_checkpoints: Count = 2
+    evaluate_every: OptionalEvery = None
+    evaluate: Annotated[tuple[EvaluateConfig, ...], BeforeValidator(as_tuple)] = ()
+    log_every: Count = 10
+    weight_ema: Annotated[bool | float | str, PlainValidator(_weight_ema)] = "auto"
+    world_size: Count | None = None
+    deterministic: bool = False
+    threads: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunConfig:
+        given = [key for key in ("samples", "epochs", "steps") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise refuse(
+                f"exactly one of samples, epochs and steps is needed; found {found}",
+                "keep one, for example `epochs: 6`",
+            )
+        labels = [entry.label for entry in self.evaluate]
+        if len(set(labels)) < len(labels):
+            raise refuse(
+                f"two evaluations share a name ({', '.join(sorted(labels))})", "give each its own `name`"
+            )
+        return self

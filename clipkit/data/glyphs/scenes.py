@@ -1,0 +1,288 @@
+"""Scenes: one to three coloured glyphs on a background, what may be trained on, and their captions.
+
+Never trained on, whatever the seed: one colour of every shape (`is_unseen_pair`), a tenth of all pairs of
+shapes (`is_unseen_company`), the face `faces.HELD_OUT_FACE`, and the background `HELD_OUT_BACKGROUND`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, replace
+
+from PIL import Image, ImageDraw
+
+from clipkit.data.glyphs.faces import HELD_OUT_FACE, TRAIN_FACES, Draws, coverage, encode_png, glyph_mask
+
+PICTOGRAMS = {
+    "heart": "♥", "spade": "♠", "club": "♣", "diamond": "♦", "sun": "☀", "smiley": "☻", "note": "♪",
+    "house": "⌂", "triangle": "▲", "circle": "●", "square": "■", "umbrella": "☂", "airplane": "✈", "scissors": "✂",
+    "snowman": "☃", "cloud": "☁", "star": "★", "moon": "☽", "phone": "☎", "envelope": "✉", "pencil": "✏",
+    "anchor": "⚓", "flag": "⚑", "skull": "☠", "crown": "♛", "horse": "♞", "flower": "✿", "snowflake": "❄",
+    "cross": "✚", "check": "✔",
+}  # fmt: skip
+# I and O are left out: they look like the digits 1 and 0.
+LETTERS = {f"letter {letter.lower()}": letter for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"}
+DIGITS = {f"digit {digit}": digit for digit in "0123456789"}
+SHAPES = {**PICTOGRAMS, **LETTERS, **DIGITS}
+COLOURS = {
+    "red": (225, 25, 25), "orange": (255, 135, 0), "yellow": (240, 205, 0), "green": (0, 150, 40),
+    "turquoise": (0, 200, 205), "blue": (45, 80, 255), "purple": (145, 35, 205), "pink": (255, 110, 190),
+}  # fmt: skip
+BACKGROUNDS = {
+    "white": ((255, 255, 255), (255, 255, 255)), "black": ((0, 0, 0), (0, 0, 0)),
+    "gray": ((120, 120, 120), (120, 120, 120)), "striped": ((245, 245, 245), (185, 185, 185)),
+    "checkered": ((20, 20, 20), (80, 80, 80)),
+}  # fmt: skip
+HELD_OUT_BACKGROUND = "checkered"
+TRAIN_BACKGROUNDS = tuple(name for name in BACKGROUNDS if name != HELD_OUT_BACKGROUND)
+PLACES = tuple(
+    f"{vertical} {horizontal}".strip()
+    for vertical in ("top", "", "bottom")
+    for horizontal in ("left", "", "right")
+    if vertical or horizontal
+)
+_SHAPE_NAMES = tuple(SHAPES)
+_COLOUR_NAMES = tuple(COLOURS)
+_STAND_IN_FACE = "DejaVuSans"  # draws the pictograms that a serif or oblique monospaced face lacks
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One drawn thing. `size` is "small", "large" or "" (medium, never mentioned)."""
+
+    shape: str
+    colour: str
+    size: str = ""
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Returns (shape, colour)."""
+        return self.shape, self.colour
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an image shows. Glyphs run left to right (`row`) or top to bottom (`column`); `place` belongs to
+    one glyph.
+    """
+
+    glyphs: tuple[Glyph, ...]
+    arrangement: str
+    place: str
+    background: str
+    face: str
+
+
+@functools.cache
+def is_unseen_pair(shape: str, colour: str) -> bool:
+    """Returns whether this shape is never drawn in this colour for training (one colour of eight for every
+    shape).
+    """
+    number = _SHAPE_NAMES.index(shape)
+    return (5 * number + number // len(COLOURS)) % len(COLOURS) == _COLOUR_NAMES.index(colour)
+
+
+@functools.cache
+def is_unseen_company(first: str, second: str) -> bool:
+    """Returns whether these two shapes never stand in one training image (a tenth of all pairs)."""
+    low, high = sorted((first, second))
+    return Draws("company", low, high).below(10) == 0
+
+
+def has_unseen_pair(scene: Scene) -> bool:
+    """Returns whether a glyph of the scene has a colour it never has in training."""
+    return any(is_unseen_pair(*glyph.pair) for glyph in scene.glyphs)
+
+
+def has_unseen_company(scene: Scene) -> bool:
+    """Returns whether two shapes of the scene never meet in training."""
+    return any(is_unseen_company(a.shape, b.shape) for a, b in itertools.combinations(scene.glyphs, 2))
+
+
+def is_trained(scene: Scene) -> bool:
+    """Returns whether the scene may occur in the training set."""
+    return (
+        not has_unseen_pair(scene)
+        and not has_unseen_company(scene)
+        and scene.face != HELD_OUT_FACE
+        and scene.background != HELD_OUT_BACKGROUND
+    )
+
+
+def shapes_of(face: str) -> tuple[str, ...]:
+    """Returns the shapes for which `face` has glyphs of its own."""
+    return tuple(name for name, character in SHAPES.items() if ord(character) in coverage(face))
+
+
+def draw_scene(draws: Draws, num_glyphs: int | None = None) -> Scene:
+    """Returns a random scene on a trained face and background; shapes and colours may be held-out
+    combinations.
+
+    A fifth of the scenes have one glyph, a quarter three. Shapes of one scene differ; colours may repeat.
+    """
+    count = num_glyphs or (1, 2, 2, 2, 2, 2, 3, 3, 1, 3)[draws.below(10)]
+    shapes = draws.sample(_SHAPE_NAMES, count)
+    glyphs = [Glyph(shape, draws.choice(_COLOUR_NAMES)) for shape in shapes]
+    place = ""
+    if count == 1:
+        glyphs[0] = replace(glyphs[0], size=("small", "small", "large")[draws.below(3)])
+        place = draws.choice(PLACES) if glyphs[0].size == "small" else ""
+    elif count == 2 and draws.below(2):
+        sizes = ("small", "large") if draws.below(2) else ("large", "small")
+        glyphs = [replace(glyph, size=size) for glyph, size in zip(glyphs, sizes, strict=True)]
+    return Scene(
+        tuple(glyphs),
+        ("row", "column")[draws.below(2)] if count > 1 else "",
+        place,
+        draws.choice(TRAIN_BACKGROUNDS),
+        draws.choice(TRAIN_FACES),
+    )
+
+
+_EXTENT = {
+    (1, "small"): 0.38,
+    (1, "large"): 0.75,
+    (2, "small"): 0.30,
+    (2, ""): 0.40,
+    (2, "large"): 0.46,
+    (3, ""): 0.30,
+}
+
+
+def render(scene: Scene, draws: Draws, size: int) -> Image.Image:
+    """Returns the scene as an RGB image of size x size pixels; `draws` jitters place and extent."""
+    image = _background(scene.background, size)
+    count = len(scene.glyphs)
+    for index, glyph in enumerate(scene.glyphs):
+        extent = round(_EXTENT[count, glyph.size] * size) + draws.below(2) - (count == 3)
+        character = SHAPES[glyph.shape]
+        face = scene.face if ord(character) in coverage(scene.face) else _STAND_IN_FACE
+        mask = glyph_mask(face, character, extent)
+        if count == 1:
+            centre = _place_centre(scene.place, size, draws)
+        else:
+            along = size * (2 * index + 1) // (2 * count) + draws.between(-1, 1)
+            across = size // 2 + draws.between(-size // 9, size // 9)
+            centre = (along, across) if scene.arrangement == "row" else (across, along)
+        left = min(max(centre[0] - mask.width // 2, 0), size - mask.width)
+        top = min(max(centre[1] - mask.height // 2, 0), size - mask.height)
+        image.paste(COLOURS[glyph.colour], (left, top), mask)
+    return image
+
+
+def draw_png(scene: Scene, draws: Draws, size: int) -> bytes:
+    """Returns `render` as PNG bytes."""
+    return encode_png(render(scene, draws, size))
+
+
+def captions(scene: Scene, draws: Draws, count: int) -> tuple[str, ...]:
+    """Returns `count` different paraphrases of the scene in random order.
+
+    Each names every glyph with its colour, and with two or three glyphs their order; size, place and
+    background are mentioned in some.
+    """
+    found: dict[str, None] = {}
+    for attempt in range(200):
+        if len(found) == count:
+            break
+        wording = draws.below(NUM_WORDINGS[len(scene.glyphs)]) if attempt else draws.below(3)
+        found[word(scene, wording, draws)] = None
+    return tuple(found)
+
+
+NUM_WORDINGS = {1: 6, 2: 8, 3: 6}
+_OPPOSITE = {"row": ("left of", "right of"), "column": ("above", "below")}
+_ENDS = {"row": ("left", "right"), "column": ("top", "bottom")}
+
+
+def word(scene: Scene, wording: int, draws: Draws) -> str:
+    """Returns paraphrase number `wording` (0..NUM_WORDINGS-1), in lower case without a final stop."""
+    sizes = draws.below(2) == 1
+    names = [_name(glyph, sizes) for glyph in scene.glyphs]
+    told = (
+        draws.below(4) == 0 and scene.background != HELD_OUT_BACKGROUND
+    )  # its name is no trained word either
+    ground = f" on {_article(scene.background)} background" if told else ""
+    if len(names) == 1:
+        return _word_one(scene, names[0], wording, draws) + ground
+    body = _word_two(scene, names, wording) if len(names) == 2 else _word_three(scene, names, wording)
+    return body + ground
+
+
+def _word_one(scene: Scene, name: str, wording: int, draws: Draws) -> str:
+    start = (
+        _article(name),
+        _article(name),
+        f"one {name}",
+        f"a picture of {_article(name)}",
+        name,
+        f"one {name}",
+    )
+    if not scene.place or draws.below(3) == 0:
+        return start[wording]
+    return f"{start[wording]}, {scene.place}" if wording >= 4 else f"{start[wording]} at the {scene.place}"
+
+
+def _word_two(scene: Scene, names: list[str], wording: int) -> str:
+    first, second = names
+    before, after = _OPPOSITE[scene.arrangement]
+    start, end = _ENDS[scene.arrangement]
+    return (
+        f"{_article(first)} {before} {_article(second)}",
+        f"{_article(second)} {after} {_article(first)}",
+        f"{_article(first)} is {before} {_article(second)}",
+        f"{_article(second)} is {after} {_article(first)}",
+        f"two glyphs: {first} {before} {second}",
+        f"two glyphs: {second} {after} {first}",
+        f"{_article(first)} at the {start} and {_article(second)} at the {end}",
+        f"{_article(second)} at the {end} and {_article(first)} at the {start}",
+    )[wording]
+
+
+def _word_three(scene: Scene, names: list[str], wording: int) -> str:
+    start, end = _ENDS[scene.arrangement]
+    first, middle, last = names
+    return (
+        f"from {start} to {end}: {first}, {middle}, {last}",
+        f"from {end} to {start}: {last}, {middle}, {first}",
+        f"{_article(first)}, {_article(middle)} and {_article(last)} from {start} to {end}",
+        f"{_article(last)}, {_article(middle)} and {_article(first)} from {end} to {start}",
+        f"three glyphs: {first}, {middle}, {last} from {start} to {end}",
+        f"{_article(middle)} with {_article(first)} at the {start} and {_article(last)} at the {end}",
+    )[wording]
+
+
+def _name(glyph: Glyph, with_size: bool) -> str:
+    size = f"{glyph.size} " if glyph.size and with_size else ""
+    return f"{size}{glyph.colour} {glyph.shape}"
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _place_centre(place: str, size: int, draws: Draws) -> tuple[int, int]:
+    reach = size * 3 // 10
+    horizontal = -reach if "left" in place else reach if "right" in place else 0
+    vertical = -reach if "top" in place else reach if "bottom" in place else 0
+    return size // 2 + horizontal + draws.between(-2, 2), size // 2 + vertical + draws.between(-2, 2)
+
+
+@functools.cache
+def _blank(background: str, size: int) -> Image.Image:
+    ground, pattern = BACKGROUNDS[background]
+    image = Image.new("RGB", (size, size), ground)
+    pen = ImageDraw.Draw(image)
+    step = max(2, size // 8)
+    for row in range(0, size, step):
+        if background == "striped" and row // step % 2:
+            pen.rectangle((0, row, size - 1, row + step - 1), fill=pattern)
+        if background == "checkered":
+            for column in range(row % (2 * step), size, 2 * step):
+                pen.rectangle((column, row, column + step - 1, row + step - 1), fill=pattern)
+    return image
+
+
+def _background(background: str, size: int) -> Image.Image:
+    return _blank(background, size).copy()

@@ -1,0 +1,51 @@
+"""What the `data` section of a config says, as the loader takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CaptionField:
+    """Where captions stand: a member ("txt") or a path into a JSON member ("json.caption")."""
+
+    field: str = "txt"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of shards and the fields its captions are read from."""
+
+    shards: str | tuple[str, ...]
+    captions: tuple[CaptionField, ...] = (CaptionField(),)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Options of the training stream.
+
+    batch_size           samples over all ranks
+    workers              worker processes per rank; 0 builds batches in the main process
+    lanes                None: chosen from batch size and ranks
+    window_bytes         raw bytes of the shuffle windows, per rank
+    max_pixels           of an image, compared with its header before it is decoded
+    max_reject_fraction  tolerated share of unusable samples
+    max_consecutive      unusable samples in a row that stop the run
+    start_method         "fork", "spawn", "forkserver" or None for the platform's default
+    prefetch             sub-batches built ahead per worker
+    """
+
+    source: Source
+    batch_size: int
+    seed: int
+    workers: int = 0
+    lanes: int | None = None
+    window_bytes: int = 1 << 30
+    max_pixels: int = 64_000_000
+    max_reject_fraction: float = 0.01
+    max_consecutive: int = 100
+    allow_pipe: bool = False
+    start_method: str | None = None
+    prefetch: int = 2

@@ -1,0 +1,75 @@
+"""How many unusable samples a run tolerates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from clipkit.types import DataError, Reject
+
+SAMPLES_BEFORE_FRACTION = 1000
+
+
+class RejectBudget:
+    """Counts the rejects of all ranks and raises DataError when there are too many.
+
+    The fraction is compared once 1,000 samples were seen and at every epoch end, so that one bad file does
+    not stop a small set at its first batch; rejects in a row are compared always.
+    """
+
+    def __init__(self, max_fraction: float, max_consecutive: int) -> None:
+        self.max_fraction = max_fraction
+        self.max_consecutive = max_consecutive
+        self.rejected = 0
+        self.samples = 0
+        self._run = 0
+        self._run_end = -1
+        self._first = ""
+
+    def add(self, rejects: Sequence[Reject], samples: int) -> None:
+        """Counts one global batch: its rejects over all ranks and its number of samples."""
+        self.samples += samples
+        self.rejected += len(rejects)
+        for reject in sorted(rejects, key=lambda entry: entry.slot):
+            self._first = self._first or f"{reject.key} in {reject.shard} ({reject.reason}: {reject.detail})"
+            self._run = self._run + 1 if reject.slot in (self._run_end, self._run_end - 1) else 1
+            self._run_end = reject.slot + 1
+            if self._run >= self.max_consecutive:
+                raise self._error(f"{self._run} unusable samples in a row", "data.max_consecutive")
+        if self.samples >= SAMPLES_BEFORE_FRACTION:
+            self._check_fraction()
+
+    def end_of_epoch(self) -> None:
+        """Compares the fraction, however few samples there were."""
+        self._run_end = -1
+        self._check_fraction()
+
+    def _check_fraction(self) -> None:
+        if self.rejected > self.max_fraction * self.samples:
+            raise self._error(
+                f"{self.rejected} of {self.samples} samples are unusable "
+                f"({self.rejected / self.samples:.2%}, allowed {self.max_fraction:.2%})",
+                "data.max_reject_fraction",
+            )
+
+    def _error(self, problem: str, key: str) -> DataError:
+        return DataError(
+            f"{problem}; the first: {self._first}",
+            f"all are listed in rejects.jsonl in the run directory: repair or remove them, or raise {key}",
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Returns the JSON-able counts for a checkpoint."""
+        return {
+            "rejected": self.rejected,
+            "samples": self.samples,
+            "run": self._run,
+            "run_end": self._run_end,
+            "first": self._first,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes the counts of a checkpoint."""
+        self.rejected, self.samples = int(state["rejected"]), int(state["samples"])
+        self._run, self._run_end = int(state["run"]), int(state["run_end"])
+        self._first = str(state["first"])

@@ -1,0 +1,204 @@
+"""Where shards come from: the list of shards a specification means, and reads of whole chunks.
+
+Only paths are read by random access in this version; `https:` and an allowed `pipe:` go to the stream reader.
+No part of a specification ever reaches a shell, an environment variable or webdataset's URL rewriting.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from clipkit.types import ConfigError, DataError
+
+RETRIES = (0.1, 0.5, 2.0)  # seconds before each further attempt of a failing read
+MAX_OPEN_FILES = 128
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"^(-?\d+)\.\.(-?\d+)$")
+_TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_MAX_SHARDS = 10_000_000
+
+
+def scheme_of(spec: str) -> str:
+    """Returns the scheme of a shard specification, "" for a path."""
+    match = _SCHEME.match(spec)
+    return match.group(1).lower() if match else ""
+
+
+def needs_stream(shard: str) -> bool:
+    """Returns whether a shard cannot be read by random access (compressed, remote or a pipe)."""
+    return scheme_of(shard) != "" or shard.lower().endswith((".gz", ".tgz"))
+
+
+def check_scheme(spec: str, allow_pipe: bool) -> None:
+    """Raises ConfigError for a scheme that this version does not read or that must be allowed first."""
+    scheme = scheme_of(spec)
+    if scheme in ("", "https") or (scheme == "pipe" and allow_pipe):
+        return
+    if scheme == "pipe":
+        raise ConfigError(
+            f"data.train runs a shell command: {spec!r}", "set data.allow_pipe=true if you wrote this command"
+        )
+    if scheme == "file":
+        raise ConfigError(f"data.train uses a file: address: {spec!r}", "write the plain path instead")
+    raise ConfigError(
+        f"data.train has the scheme {scheme!r} in {spec!r}; read are paths, https: and allowed pipes",
+        "copy or mount the shards and give their path",
+    )
+
+
+def expand_shards(spec: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
+    """Returns the shards a specification means: a path, a {000..009} range, a glob, a folder, or a list.
+
+    Folders and globs are sorted with numbers in numerical order. Raises ConfigError for a refused scheme and
+    DataError when nothing matches. Existence of explicitly named shards is checked by the index.
+    """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    shards: list[str] = []
+    for entry in specs:
+        check_scheme(entry, allow_pipe)
+        shards += _expand_one(os.fspath(entry))
+    if not shards:
+        raise DataError("data.train names no shard", "give a path, a folder, a glob or a list of shards")
+    repeated = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(shards) < 10_000 else []
+    if repeated or len(set(shards)) < len(shards):
+        raise DataError(
+            f"data.train names a shard twice: {repeated[:1] or '(long list)'}", "name every shard once"
+        )
+    return shards
+
+
+def _expand_one(spec: str) -> list[str]:
+    scheme = scheme_of(spec)
+    if scheme == "pipe":
+        return list(_expand_braces(spec))
+    if not scheme and os.path.isdir(spec):
+        return _folder(spec)
+    if scheme or os.path.exists(spec):
+        return list(_expand_braces(spec)) if scheme else [spec]
+    shards: list[str] = []
+    for name in _expand_braces(spec):
+        if not glob.has_magic(name):
+            shards.append(name)
+            continue
+        matches = sorted(glob.glob(name), key=_natural)
+        if not matches:
+            raise DataError(f"no shard matches {name!r}", "correct the pattern in data.train")
+        shards += matches
+    return shards
+
+
+def _folder(path: str) -> list[str]:
+    names = [
+        name for name in os.listdir(path) if not name.startswith(".") and name.lower().endswith(_TAR_ENDINGS)
+    ]
+    if not names:
+        raise DataError(
+            f"no .tar file in the folder {path!r}", "give the folder that holds the shards themselves"
+        )
+    return [os.path.join(path, name) for name in sorted(names, key=_natural)]
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _expand_braces(spec: str) -> Iterator[str]:
+    match = _BRACES.search(spec)
+    if not match:
+        yield spec
+        return
+    head, tail = spec[: match.start()], spec[match.end() :]
+    for choice in _choices(match.group(1), spec):
+        yield from _expand_braces(head + choice + tail)
+
+
+def _choices(body: str, spec: str) -> Iterator[str]:
+    span = _RANGE.match(body)
+    if span:
+        first, last = span.groups()
+        if abs(int(last) - int(first)) > _MAX_SHARDS:
+            raise ConfigError(
+                f"the range {{{body}}} in {spec!r} is too long", "correct the range in data.train"
+            )
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        step = 1 if int(last) >= int(first) else -1
+        for number in range(int(first), int(last) + step, step):
+            yield str(number).zfill(width)
+    elif "," in body:
+        yield from body.split(",")
+    else:
+        raise ConfigError(
+            f"the braces {{{body}}} in {spec!r} are neither a range nor a list",
+            "write {00000..00099} or {train,more} in data.train",
+        )
+
+
+class LocalShards:
+    """Reads byte ranges of local shards; holds up to 128 files open. Picklable: files open on first use."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        self.shards = tuple(shards)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shards": self.shards, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the open files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read(self, shard: int, begin: int, end: int) -> bytes:
+        """Returns bytes begin..end of a shard; transient errors are tried again, then DataError."""
+        for delay in (*RETRIES, None):
+            try:
+                data = self._read(shard, begin, end)
+                break
+            except OSError as error:
+                self._forget(shard)
+                if delay is None or isinstance(error, FileNotFoundError | PermissionError):
+                    raise DataError(
+                        f"{self.shards[shard]}: cannot be read at byte {begin} ({error.strerror or error})",
+                        "check the storage, then start the same command again: it continues where it stopped",
+                    ) from None
+                time.sleep(delay)
+        if len(data) != end - begin:
+            raise DataError(
+                f"{self.shards[shard]}: {len(data)} of {end - begin} bytes at byte {begin}: "
+                "the shard changed after it was indexed",
+                f"run: clipkit index --verify {self.shards[shard]}",
+            )
+        return data
+
+    def _read(self, shard: int, begin: int, end: int) -> bytes:
+        descriptor = self._files.get(shard)
+        if descriptor is None:
+            while len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            descriptor = os.open(self.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._files[shard] = descriptor
+        else:
+            self._files.move_to_end(shard)
+        data = os.pread(descriptor, end - begin, begin)
+        while 0 < len(data) < end - begin:
+            more = os.pread(descriptor, end - begin - len(data), begin + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def _forget(self, shard: int) -> None:
+        descriptor = self._files.pop(shard, None)
+        if descriptor is not None:
+            os.close(descriptor)

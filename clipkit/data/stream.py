@@ -1,0 +1,219 @@
+"""The reader for shards without random access (gzip, https, an allowed pipe): webdataset's own, seeded.
+
+Everything it yields is labelled exact=False: a resumed run reads its epoch from the start and skips, bad
+samples shift those after them, and a damaged tar can end early without a word. Members are never unpickled:
+webdataset's `decode` is not used, and streams are opened here, not by its URL rewriting.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import subprocess
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+import webdataset
+
+from clipkit import dist
+from clipkit.data.loader import TrainStream
+from clipkit.data.options import LoaderOptions
+from clipkit.data.order import ORDER_VERSION, hash_key, permutation
+from clipkit.data.ranges import RowRanges
+from clipkit.data.rows import Recipe, Row, SubBatch
+from clipkit.data.sample import RawSample, Unusable
+from clipkit.data.source import scheme_of
+from clipkit.types import ClipkitError, ConfigError, DataError, Reject
+
+SHUFFLE_BUFFER = 1000  # raw samples per worker
+_TIMEOUT = 60  # seconds without an answer
+_READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+
+
+def open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World) -> TrainStream:
+    """Returns the training stream over shards that are read from front to back; called by all ranks.
+
+    Reads every shard once to count the samples. Raises ConfigError or DataError, the same on every rank.
+    """
+    count = _shared_count(shards, world)
+    recipe = recipe.for_pairs(count)
+    if options.batch_size % world.size:
+        raise ConfigError(
+            f"data.batch_size={options.batch_size} is not a multiple of the {world.size} processes",
+            "change data.batch_size or the number of processes",
+        )
+    if count < options.batch_size:
+        raise ConfigError(
+            f"data.batch_size={options.batch_size} is larger than the set of {count} samples",
+            f"set data.batch_size to at most {count}",
+        )
+    ranges = RowRanges(options.batch_size, options.batch_size, world, options.workers)
+    position = {
+        "order_version": ORDER_VERSION,
+        "exact": False,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "lanes": None,
+        "chunk_size": None,
+        "window_chunks": None,
+        "num_samples": count,
+        "index_sha": None,
+    }
+    banner = {"samples": count, "shards": len(shards), "exact": False, "index": "none"}
+    reader = StreamReader(shards, recipe, options.batch_size, count, options.max_consecutive)
+    return TrainStream(reader, ranges, recipe, options, position, banner)
+
+
+class StreamReader:
+    """Builds rows from front-to-back streams: row r takes samples r, r + B, ... of the shuffled shards.
+
+    Every reader goes through all shards and keeps its share, so that all ranks have equally many samples.
+    """
+
+    def __init__(
+        self, shards: list[str], recipe: Recipe, batch_size: int, num_samples: int, max_consecutive: int
+    ) -> None:
+        self.shards = shards
+        self.recipe = recipe
+        self.batch_size = batch_size
+        self.steps_per_epoch = num_samples // batch_size
+        self.max_consecutive = max_consecutive
+        self._next_step = -1
+        self._samples: Iterator[tuple[int, dict[str, Any]]] = iter(())
+
+    def sub_batch(self, step: int, first: int, end: int) -> SubBatch:
+        """Returns rows first..end of global batch `step`; a step out of turn starts its epoch and skips."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if step != self._next_step or within == 0:
+            self._samples = self._share(epoch, first, end)
+            for _ in range(within * (end - first)):
+                next(self._samples)
+        self._next_step = step + 1
+        base = within * self.batch_size
+        slots = range(base + first, base + end)
+        return self.recipe.build(epoch, slots, (self._row(slot) for slot in slots))
+
+    def _row(self, slot: int) -> Row:
+        rejected: list[tuple[RawSample, str, Unusable]] = []
+        while len(rejected) < self.max_consecutive:
+            sample_id, members = next(self._samples)
+            sample = _raw(members)
+            try:
+                image, caption = self.recipe.prepare(sample)
+            except Unusable as problem:
+                rejected.append((sample, members["__url__"], problem))
+                continue
+            rejects = tuple(
+                Reject(bad.key, url, why.reason, why.detail, slot, sample.key) for bad, url, why in rejected
+            )
+            return Row(slot, sample_id, sample.key, image, caption, rejects)
+        sample, url, why = rejected[0]
+        raise DataError(
+            f"{len(rejected)} unusable samples in a row, the first: {sample.key} in {url} "
+            f"({why.reason}: {why.detail})",
+            "repair the shards, or raise data.max_consecutive",
+        )
+
+    def _share(self, epoch: int, first: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """This reader's samples of an epoch, shuffled in a buffer; started over when rejects used them up."""
+        shuffler = random.Random(hash_key(self.recipe.seed, epoch, "buffer", first))
+        shards = [
+            self.shards[at]
+            for at in permutation(len(self.shards), hash_key(self.recipe.seed, epoch, "shards"))
+        ]
+        while True:
+            mine = (
+                (at, sample)
+                for at, sample in enumerate(read_samples(shards))
+                if first <= at % self.batch_size < end
+            )
+            yield from webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=shuffler)(mine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_samples": iter(()), "_next_step": -1}
+
+
+def read_samples(shards: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yields the samples of all shards in turn: {"__key__", "__url__", extension: bytes}.
+
+    Raises DataError naming the shard.
+    """
+    for shard in shards:
+        try:
+            with _opened(shard) as stream:
+                files = webdataset.tariterators.tar_file_expander([{"url": shard, "stream": stream}])
+                yield from webdataset.tariterators.group_by_keys(files)
+        except _READ_ERRORS as error:
+            problem = str(error.args[0]) if error.args else type(error).__name__
+            raise DataError(
+                f"{shard}: cannot be read ({problem})", "check the shard or the command"
+            ) from None
+
+
+@contextmanager
+def _opened(shard: str) -> Iterator[IO[bytes]]:
+    scheme = scheme_of(shard)
+    if scheme == "pipe":
+        command = shard[len("pipe:") :].strip()
+        # The user wrote this command and allowed it (data.allow_pipe); nothing of the data reaches the shell.
+        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        try:
+            yield process.stdout
+            # What follows the end marker of the tar must be read, or the command dies of a closed pipe.
+            while process.stdout.read(1 << 20):
+                pass
+            if process.wait(_TIMEOUT):
+                raise DataError(
+                    f"{shard}: the command ended with code {process.returncode}", "correct the command"
+                )
+        finally:
+            process.stdout.close()
+            process.terminate()
+            process.wait()
+    elif scheme == "https":
+        with urllib.request.urlopen(shard, timeout=_TIMEOUT) as stream:
+            yield stream
+    elif shard.lower().endswith((".gz", ".tgz")):
+        # tarfile's own decompression takes a cut file for its end; gzip raises.
+        with gzip.open(shard) as unpacked:
+            yield cast("IO[bytes]", unpacked)
+            while unpacked.read(1 << 20):
+                pass
+    else:
+        with open(shard, "rb") as stream:
+            yield stream
+
+
+def _raw(members: dict[str, Any]) -> RawSample:
+    spans: dict[str, tuple[int, int]] = {}
+    parts: list[bytes] = []
+    at = 0
+    for extension, data in members.items():
+        if not extension.startswith("__"):
+            spans[extension] = (at, at + len(data))
+            parts.append(data)
+            at += len(data)
+    return RawSample(members["__key__"], spans, b"".join(parts))
+
+
+def _shared_count(shards: list[str], world: dist.World) -> int:
+    """The main rank counts; an error reaches every rank."""
+    count: int | ClipkitError | None = None
+    if world.is_main or dist.World.current().size == 1:
+        try:
+            count = sum(1 for _ in read_samples(shards))
+        except ClipkitError as error:
+            count = error
+    count = next(found for found in dist.gather_objects(count) if found is not None)
+    if isinstance(count, ClipkitError):
+        raise count
+    if not count:
+        raise DataError(
+            f"no sample in {len(shards)} shard(s), first {shards[0]}", "give shards that hold samples"
+        )
+    return count

@@ -1,0 +1,185 @@
+"""Image-text pairs in a CSV or TSV with their images in a folder or a zip file, checked before they become
+shards.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from clipkit.data.shards import Sample, image_extension, normalize_caption, write_text
+from clipkit.types import ConfigError, DataError
+
+ARCHIVE = "images.zip"
+UNREADABLE = (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row: its number (the first below the header is 0), image path, caption, and kept columns."""
+
+    row: int
+    image: str
+    caption: str
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowReject:
+    """One row that cannot be a sample, and why."""
+
+    row: int
+    image: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class ImageRoot:
+    """Where the images of a table lie: below a folder, or inside a zip file.
+
+    A zip handle belongs to one process: forked ones would share its position.
+    """
+
+    path: Path
+    _handle: tuple[int, zipfile.ZipFile] | None = field(default=None, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_handle": None}
+
+    def read(self, image: str, size: int = -1) -> bytes:
+        """Returns the first `size` bytes of an image (all by default); OSError, KeyError or BadZipFile."""
+        if self.path.is_dir():
+            with open(self.path / image, "rb") as stream:
+                return stream.read(size)
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = os.getpid(), zipfile.ZipFile(self.path)
+        archive = self._handle[1]
+        entry = str(PurePosixPath(image))
+        if entry not in archive.NameToInfo:
+            entry = entry.removeprefix("images/")
+        with archive.open(entry) as member:
+            return member.read(size)
+
+
+def find_root(table: Path, given: Path | None, image: str) -> ImageRoot:
+    """Returns the root of the images: `given`, or the folder of the table, or images.zip there.
+
+    `image` is the first image of the table. ConfigError when there is nothing of the kind.
+    """
+    beside = table.parent
+    if given is None:
+        archive = beside / ARCHIVE
+        return ImageRoot(archive if archive.is_file() and not (beside / image).is_file() else beside)
+    if given.is_dir() or (given.is_file() and zipfile.is_zipfile(given)):
+        return ImageRoot(given)
+    raise ConfigError(f"{given}: neither a folder nor a zip file", "point --images at the images")
+
+
+def read_pairs(table: Path, image_key: str, caption_key: str, keep: Sequence[str] = ()) -> list[Pair]:
+    """Returns the rows of a CSV (TSV by its extension) in order, columns `keep` as further fields.
+
+    Raises DataError for an unreadable table, a missing column, or a row that does not fit the header.
+    """
+    tabs = table.suffix.lower() in (".tsv", ".tab")
+    pairs = []
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter="\t" if tabs else ",")
+            columns = reader.fieldnames or []
+            for name in (image_key, caption_key, *keep):
+                if name not in columns:
+                    raise DataError(
+                        f"{table}: no column '{name}' (found: {', '.join(columns) or 'nothing'})",
+                        "name the columns with --image-key, --caption-key and --keep",
+                    )
+            for number, row in enumerate(reader):
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{table}: line {reader.line_num} does not have the columns of the first line",
+                        "quote fields that contain the delimiter or a line break",
+                    )
+                kept = {name: row[name] for name in keep}
+                pairs.append(Pair(number, row[image_key], normalize_caption(row[caption_key]), kept))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file") from error
+    if not pairs:
+        raise DataError(f"{table}: no rows", "add one row per image-text pair")
+    return pairs
+
+
+def check_pairs(pairs: Sequence[Pair], root: ImageRoot) -> tuple[list[Pair], list[RowReject]]:
+    """Returns the usable pairs, and the others with the reason.
+
+    Looks at the caption and at the first bytes of every image; a file damaged further on is found when it
+    is decoded.
+    """
+    good, rejects = [], []
+    for pair in pairs:
+        problem = _problem(pair, root)
+        if problem is None:
+            good.append(pair)
+        else:
+            rejects.append(RowReject(pair.row, pair.image, *problem))
+    return good, rejects
+
+
+def _problem(pair: Pair, root: ImageRoot) -> tuple[str, str] | None:
+    if not pair.caption:
+        return "empty caption", ""
+    try:
+        start = root.read(pair.image, 16)
+    except UNREADABLE as error:
+        return "missing image", " ".join(str(error).split())
+    if image_extension(start) is None:
+        return "not an image", f"starts with {start[:8]!r}"
+    return None
+
+
+def pair_part(root: ImageRoot, pairs: Sequence[Pair]) -> Iterator[Sample]:
+    """Yields the samples of `pairs`: image bytes unchanged, extension by content, key = row number."""
+    for pair in pairs:
+        try:
+            content = root.read(pair.image)
+        except UNREADABLE as error:
+            raise DataError(
+                f"{root.path}: {pair.image} cannot be read ({' '.join(str(error).split())})",
+                "repair or replace it, or remove its row",
+            ) from error
+        extension = image_extension(content)
+        if extension is None:
+            raise DataError(
+                f"{root.path}: {pair.image} is no longer an image", "do not change files meanwhile"
+            )
+        yield Sample(f"{pair.row:09d}", content, extension, (pair.caption,), pair.fields)
+
+
+def refuse_too_many(table: Path, rejects: Sequence[RowReject], num_rows: int, max_fraction: float) -> None:
+    """Raises DataError when more than `max_fraction` of the rows are unusable, naming the first."""
+    if len(rejects) > max_fraction * num_rows:
+        first = rejects[0]
+        raise DataError(
+            f"{table}: {len(rejects)} of {num_rows} rows are unusable ({count_reasons(rejects)}); "
+            f"first: row {first.row}, {first.image}: {first.reason} {first.detail}".rstrip(),
+            "check --images and the columns, or allow more with --max-reject-fraction",
+        )
+
+
+def count_reasons(rejects: Sequence[RowReject]) -> str:
+    """Returns the reasons with their counts in one line."""
+    return ", ".join(
+        f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).most_common()
+    )
+
+
+def write_rejects(out: Path, rejects: Sequence[RowReject]) -> None:
+    """Writes out/rejects.jsonl, one line per unusable row; empty when there is none."""
+    lines = [json.dumps(vars(reject), ensure_ascii=False) + "\n" for reject in rejects]
+    write_text(out / "rejects.jsonl", "".join(lines))

@@ -1,0 +1,118 @@
+"""Windows of a lane: their chunks read whole, and a good sample for every position of the order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from clipkit.data.order import EpochOrder, Order
+from clipkit.data.rows import Recipe, Row, SubBatch
+from clipkit.data.sample import RawSample, Unusable, parse_chunk
+from clipkit.data.source import LocalShards
+from clipkit.data.tar_index import Index
+from clipkit.types import DataError, Reject
+
+
+class _Loaded(NamedTuple):
+    start: int
+    ids: list[int]
+    samples: dict[int, RawSample]
+
+
+class WindowReader:
+    """Builds rows of global batches from indexed shards. Picklable; holds one window per lane it reads.
+
+    A sample that cannot be used is replaced by the next good one of its window (cyclic), and if the window
+    has none, by the samples that follow it in the shards. All other positions stay as they are.
+    """
+
+    def __init__(self, index: Index, order: Order, recipe: Recipe, max_consecutive: int) -> None:
+        self.index = index
+        self.order = order
+        self.recipe = recipe
+        self.max_consecutive = max_consecutive
+        self._source = LocalShards(index.shards)
+        self._epoch: EpochOrder | None = None
+        self._windows: dict[int, _Loaded] = {}
+
+    def sub_batch(self, step: int, first: int, end: int) -> SubBatch:
+        """Returns rows first..end of global batch `step` (counted over all epochs)."""
+        epoch, within = divmod(step, self.order.steps_per_epoch)
+        slots = range(within * self.order.batch_size + first, within * self.order.batch_size + end)
+        return self.recipe.build(epoch, slots, self._rows(epoch, within, first, end))
+
+    def _rows(self, epoch: int, within: int, first: int, end: int) -> Iterator[Row]:
+        quota = self.order.quota
+        if self._epoch is None or self._epoch.number != epoch:
+            self._windows.clear()
+            self._epoch = self.order.epoch(epoch, (first // quota, (end - 1) // quota + 1))
+        for row in range(first, end):
+            lane, offset = divmod(row, quota)
+            position = within * quota + offset
+            window = self._windows.get(lane)
+            if window is None or not window.start <= position < window.start + len(window.ids):
+                self._windows.pop(lane, None)
+                window = self._windows[lane] = self._load(lane, position)
+            yield self._row(window, position - window.start, within * self.order.batch_size + row)
+
+    def _row(self, window: _Loaded, at: int, slot: int) -> Row:
+        refused: list[tuple[RawSample, int, Unusable]] = []
+        for sample_id, sample in self._candidates(window, at):
+            try:
+                image, caption = self.recipe.prepare(sample)
+            except Unusable as problem:
+                refused.append((sample, sample_id, problem))
+                if len(refused) >= self.max_consecutive:
+                    break
+                continue
+            # Only the slot's own sample: those passed over after it are counted in their own slots.
+            rejects = tuple(self._reject(first, slot, sample.key) for first in refused[:1])
+            return Row(slot, sample_id, sample.key, image, caption, rejects)
+        sample, sample_id, why = refused[0]
+        raise DataError(
+            f"{len(refused)} unusable samples in a row, the first: {sample.key} in {self._shard(sample_id)} "
+            f"({why.reason}: {why.detail})",
+            "repair the shards, or raise data.max_consecutive",
+        )
+
+    def _candidates(self, window: _Loaded, at: int) -> Iterator[tuple[int, RawSample]]:
+        ids = window.ids
+        for step in range(len(ids)):
+            sample_id = ids[(at + step) % len(ids)]
+            yield sample_id, window.samples[sample_id]
+        for step in range(1, self.index.num_samples):
+            sample_id = (ids[at] + step) % self.index.num_samples
+            if sample_id not in window.samples:
+                yield sample_id, self._read(*self.index.locate(sample_id), 1)[sample_id]
+
+    def _reject(self, rejected: tuple[RawSample, int, Unusable], slot: int, substitute: str) -> Reject:
+        sample, sample_id, problem = rejected
+        return Reject(sample.key, self._shard(sample_id), problem.reason, problem.detail, slot, substitute)
+
+    def _shard(self, sample_id: int) -> str:
+        return self.index.shards[self.index.locate(sample_id)[0]]
+
+    def _load(self, lane: int, position: int) -> _Loaded:
+        assert self._epoch is not None
+        window = self._epoch.window_at(lane, position)
+        ids = np.sort(window.ids)
+        shards = np.searchsorted(self.index.first_id, ids, side="right") - 1
+        within = ids - self.index.first_id[shards]
+        # One read per chunk: a new one starts where the shard or the chunk number changes.
+        pieces = np.flatnonzero(np.diff(shards) | np.diff(within // self.order.chunk_size)) + 1
+        samples: dict[int, RawSample] = {}
+        for run in np.split(np.arange(len(ids)), pieces):
+            first, last = int(run[0]), int(run[-1])
+            shard = int(shards[first])
+            samples |= self._read(shard, int(within[first]), int(within[last] - within[first]) + 1)
+        return _Loaded(window.start, window.ids.tolist(), samples)
+
+    def _read(self, shard: int, first: int, count: int) -> dict[int, RawSample]:
+        """The samples first..first+count of a shard, by id, with one read."""
+        stored, number, begin, end = self.index.span(shard, first, first + count - 1)
+        chunk = self._source.read(shard, begin, end)
+        parsed = parse_chunk(chunk, number, self.index.shards[shard], begin)
+        first_id = int(self.index.first_id[shard])
+        return {first_id + at: parsed[at - stored] for at in range(first, first + count)}

@@ -1,0 +1,78 @@
+"""DATA of the evaluation commands: which of the known layouts a path holds.
+
+classification   folder with labels.csv (or the CSV itself) · CLIP_benchmark WebDataset folder ·
+                 ImageFolder root/<class>/<image> · idx files of the MNIST family
+retrieval        folder with captions.csv (or the CSV itself) · CLIP_benchmark WebDataset folder ·
+                 folder of images with same-stem .txt files, one caption per line
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipkit.evaluation import folders, shards, tables
+from clipkit.evaluation.sets import ClassificationSet, RetrievalSet
+from clipkit.types import ConfigError
+
+IDX_IMAGES = ("images-idx3-ubyte.gz", "images-idx3-ubyte")
+
+
+def _existing(data: str | Path) -> Path:
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder", "check the path of DATA")
+    return path
+
+
+def _is_table(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (".csv", ".tsv")
+
+
+def _unknown(path: Path, layouts: str) -> ConfigError:
+    return ConfigError(f"{path}: not a layout this command reads", f"it reads {layouts}")
+
+
+def open_classification(data: str | Path, split: str = "test") -> ClassificationSet:
+    """Returns the labelled images of `data`, in the order of their table, shards or sorted folders.
+
+    split: the sub-folder to read of a CLIP_benchmark folder. Raises ConfigError when `data` does not exist or
+    is no known layout, DataError when its content is damaged or contradicts itself.
+    """
+    path = _existing(data)
+    if _is_table(path):
+        return tables.read_labels(path)
+    if path.is_dir():
+        if (path / "labels.csv").is_file():
+            return tables.read_labels(path / "labels.csv")
+        if shards.is_benchmark(path, split):
+            return shards.read_classification(path, split)
+        if any((path / name).is_file() for name in IDX_IMAGES):
+            return folders.read_idx_folder(path)
+        if (path / "captions.csv").is_file():
+            raise ConfigError(f"{path}: holds captions, not labels", f"run: clipkit retrieval MODEL {path}")
+        if folders.class_folders(path):
+            return folders.read_image_folder(path)
+    raise _unknown(
+        path,
+        "a folder with labels.csv, a CLIP_benchmark folder (test/nshards.txt), or one image folder per class",
+    )
+
+
+def open_retrieval(data: str | Path, split: str = "test") -> RetrievalSet:
+    """Returns the captioned images of `data`; split and errors as in `open_classification`."""
+    path = _existing(data)
+    if _is_table(path):
+        return tables.read_captions(path)
+    if path.is_dir():
+        if (path / "captions.csv").is_file():
+            return tables.read_captions(path / "captions.csv")
+        if shards.is_benchmark(path, split):
+            return shards.read_retrieval(path, split)
+        if (path / "labels.csv").is_file():
+            raise ConfigError(f"{path}: holds labels, not captions", f"run: clipkit zeroshot MODEL {path}")
+        if folders.has_captions(path):
+            return folders.read_captioned_folder(path)
+    raise _unknown(
+        path,
+        "a folder with captions.csv, a CLIP_benchmark folder (test/nshards.txt), or images with .txt files",
+    )

@@ -1,0 +1,134 @@
+"""Evaluation data as plain folders: one per class, images with caption files, idx files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from clipkit.evaluation.images import SUFFIXES, ArrayImages, FileImages, read_idx
+from clipkit.evaluation.prompts import WORDNET_ID, check_count, check_order, read_classnames, wordnet_names
+from clipkit.evaluation.sets import ClassificationSet, RetrievalSet, retrieval_set
+from clipkit.evaluation.tables import own_templates
+from clipkit.types import DataError
+
+# Image formats that would otherwise be overlooked in silence.
+FOREIGN_SUFFIXES = (".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".jp2", ".jfif")
+
+
+def _image_files(root: Path) -> list[Path]:
+    """Returns the images below root, sorted by path; hidden files and folders are no data."""
+    files = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    for path in files:
+        if path.suffix.lower() in FOREIGN_SUFFIXES:
+            raise DataError(
+                f"{path}: an image format that is not read here", f"convert it to {' '.join(SUFFIXES)}"
+            )
+    return [path for path in files if path.suffix.lower() in SUFFIXES]
+
+
+def class_folders(root: Path) -> list[Path]:
+    """Returns the sub-folders of root in sorted order, without hidden ones."""
+    return sorted(
+        (path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))),
+        key=lambda path: path.name,
+    )
+
+
+def _folder_names(root: Path, folders: tuple[str, ...], wordnet: bool) -> tuple[str, ...]:
+    """Returns class names: classnames.txt/.json in root, ImageNet's for WordNet ids, else the folders'."""
+    known = tuple(wordnet_names().get(folder, folder) if wordnet else folder for folder in folders)
+    for file in (root / "classnames.txt", root / "classnames.json"):
+        if file.is_file():
+            names = read_classnames(file, folders)
+            check_count(names, len(folders), str(file), str(root))
+            check_order(names, known, str(file))
+            return names
+    unknown = [folder for folder in known if WORDNET_ID.fullmatch(folder)]
+    if unknown:
+        raise DataError(
+            f"{root}: {len(unknown)} WordNet ids are not among ImageNet's 1,000 (first: {unknown[0]})",
+            "name the classes in classnames.json there: an object folder -> name",
+        )
+    return tuple(name if wordnet else name.replace("_", " ") for name in known)
+
+
+def read_image_folder(root: Path) -> ClassificationSet:
+    """Returns the set of root/<class>/**/<image>: labels count the class folders in sorted order.
+
+    Folders named by WordNet ids (n01440764) get open_clip's ImageNet class names. classnames.txt or
+    classnames.json in root names the classes otherwise; a wrong number or order is a DataError.
+    """
+    classes = class_folders(root)
+    folders = tuple(path.name for path in classes)
+    wordnet = all(WORDNET_ID.fullmatch(folder) for folder in folders)
+    files = [_image_files(path) for path in classes]
+    for folder, found in zip(classes, files, strict=True):
+        if not found:
+            raise DataError(
+                f"{folder}: a class folder without images", f"remove it, or add {'/'.join(SUFFIXES)} files"
+            )
+    return ClassificationSet(
+        name=root.absolute().name,
+        kind="imagefolder",
+        source=str(root),
+        images=FileImages([path for found in files for path in found]),
+        labels=np.repeat(np.arange(len(files), dtype=np.int64), [len(found) for found in files]),
+        names=_folder_names(root, folders, wordnet),
+        templates=own_templates(root),
+        folders=folders,
+        wordnet=wordnet,
+    )
+
+
+def has_captions(root: Path) -> bool:
+    """Returns whether any image below root has a .txt of the same stem."""
+    return any(path.with_suffix(".txt").is_file() for path in _image_files(root))
+
+
+def read_captioned_folder(root: Path) -> RetrievalSet:
+    """Returns the set of images with same-stem .txt files, one caption per line; an image may have none."""
+    files = _image_files(root)
+    captions: list[list[str]] = []
+    for path in files:
+        text = path.with_suffix(".txt")
+        try:
+            captions.append(text.read_text(encoding="utf-8-sig").split("\n") if text.is_file() else [])
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{text}: cannot be read ({error})", "save it as UTF-8 text") from error
+    # Only a line break at the very end is no caption of its own.
+    trimmed = [texts[:-1] if texts and not texts[-1].strip() else texts for texts in captions]
+    return retrieval_set(root.absolute().name, "imagefolder", str(root), FileImages(files), trimmed, None)
+
+
+def read_idx_folder(root: Path) -> ClassificationSet:
+    """Returns the set of images-idx3-ubyte(.gz), labels-idx1-ubyte(.gz) and classnames.txt."""
+    images_file, labels_file = (
+        next((root / f"{stem}{end}" for end in (".gz", "") if (root / f"{stem}{end}").is_file()), None)
+        for stem in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    )
+    if images_file is None or labels_file is None:
+        raise DataError(
+            f"{root}: needs both images-idx3-ubyte and labels-idx1-ubyte",
+            "add the missing file",
+        )
+    pixels, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
+    if len(pixels) != len(labels):
+        raise DataError(
+            f"{images_file}: {len(pixels)} images, but {len(labels)} labels in {labels_file.name}",
+            "fetch both files again",
+        )
+    names_file = root / "classnames.txt"
+    return ClassificationSet(
+        name=root.absolute().name,
+        kind="idx",
+        source=str(root),
+        images=ArrayImages(images_file, pixels),
+        labels=labels.astype(np.int64),
+        names=read_classnames(names_file) if names_file.is_file() else None,
+        templates=own_templates(root),
+    )

@@ -1,0 +1,193 @@
+"""What a run says: a bar on a terminal, one line per interval elsewhere, metrics.jsonl always."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_SECRET_VALUE = re.compile(
+    r"(?i)(?<![a-z])((?:[\w-]*[_-])?(?:token|secret|password|passwd|signature|sig|credential|api[_-]?key|"
+    r"access[_-]?key|secret[_-]?key|accesskeyid|awsaccesskeyid)(?:[_-]id)?\s*[=]\s*)[^&\s'\",;]+"
+)
+
+
+def redact(text: str) -> str:
+    """Returns `text` with user:password@ of URLs and values of token=, key=, signature= replaced by ***."""
+    return _SECRET_VALUE.sub(r"\1***", _USERINFO.sub("***@", text))
+
+
+def encode_record(record: Mapping[str, Any]) -> str:
+    """Returns one line of standard JSON; NaN and infinities become null and are named under `non_finite`."""
+    non_finite: dict[str, str] = {}
+
+    def plain(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(entry, f"{name}.{key}" if name else str(key)) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry, f"{name}.{index}") for index, entry in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            non_finite[name] = str(value)
+            return None
+        return redact(value) if isinstance(value, str) else value
+
+    encoded = plain(record, "")
+    if non_finite:
+        encoded["non_finite"] = non_finite
+    return json.dumps(encoded, ensure_ascii=False, allow_nan=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+# Key of a record -> how it reads on a line. Keys are written down once, here; train.py fills them.
+_FIELDS: dict[str, Callable[[Any], str]] = {
+    "samples": lambda v: f"{v:,} samples",
+    "loss": lambda v: f"loss {v:.4g}",
+    "lr": lambda v: f"lr {v:.2e}",
+    "logit_scale": lambda v: f"scale {v:.2f}",
+    "grad_norm": lambda v: f"grad {v:.3g}",
+    "accuracy": lambda v: f"acc {100 * v:.1f}%",
+    "samples_per_second": lambda v: f"{v:,.0f} samples/s",
+    "data_wait": lambda v: f"wait {100 * v:.0f}%",
+}
+
+
+class RunLog:
+    """The voice of one run. On ranks other than the main one every method does nothing.
+
+    Keys of a step record: step, samples, loss, loss/<objective>, lr, logit_scale, grad_norm,
+    samples_per_second, data_wait (fraction of the time spent waiting for data), accuracy (in-batch, 0..1).
+    Others are written to metrics.jsonl and not shown.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        *,
+        total_steps: int,
+        is_main: bool = True,
+        start_step: int = 0,
+        tty: bool | None = None,
+        stream: IO[str] | None = None,
+    ) -> None:
+        """Opens run_dir/metrics.jsonl for appending (None: shows progress, writes nothing).
+
+        tty None: a bar when `stream` (standard error) is a terminal. start_step: where a resumed run stands.
+        """
+        self._is_main = is_main
+        self._stream = stream or sys.stderr
+        self._total = total_steps
+        self._first = start_step
+        self._began = time.monotonic()
+        self._file: IO[bytes] | None = None
+        self._bar: tuple[Progress, TaskID] | None = None
+        if not is_main:
+            return
+        if run_dir is not None:
+            # Unbuffered: each record is one write, so a kill leaves at most one torn last line.
+            self._file = open(run_dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115  (closed by close)
+        if self._stream.isatty() if tty is None else tty:
+            self._bar = self._start_bar()
+
+    def _start_bar(self) -> tuple[Progress, TaskID]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(
+            *columns, console=Console(file=self._stream, force_terminal=True), speed_estimate_period=120
+        )
+        task = bar.add_task("", total=self._total, completed=self._first)
+        bar.start()
+        return bar, task
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Appends one record to metrics.jsonl."""
+        if self._file is not None:
+            self._file.write(f"{encode_record(record)}\n".encode())
+
+    def step(self, record: Mapping[str, Any], show: bool = True) -> None:
+        """Appends the record of one step, and with `show` puts it on the bar or prints it as a line."""
+        self.append(record)
+        if not self._is_main:
+            return
+        step = int(record["step"])
+        if self._bar is not None:
+            bar, task = self._bar
+            if show:
+                bar.update(task, description=self._line(record))
+            bar.update(task, completed=step)
+        elif show:
+            done = step - self._first
+            left = (self._total - step) * (time.monotonic() - self._began) / max(1, done)
+            self._print(f"step {step}/{self._total}  {self._line(record)}  eta {_duration(left)}")
+
+    def _line(self, record: Mapping[str, Any]) -> str:
+        parts = []
+        for key, show in _FIELDS.items():
+            if record.get(key) is not None:
+                parts.append(show(record[key]))
+            if key == "loss":
+                terms = {name: value for name, value in record.items() if name.startswith("loss/")}
+                if len(terms) > 1:
+                    parts.extend(f"{name[5:]} {value:.4g}" for name, value in terms.items())
+        return "  ".join(parts)
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line (above the bar on a terminal), secrets replaced by ***."""
+        if self._is_main:
+            self._print(redact(text))
+
+    def evaluation(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Appends {"event": "evaluation", "step", "results"} and prints one line per entry of `results`.
+
+        results: name of the evaluation -> metric name -> number.
+        """
+        self.append({"event": "evaluation", "step": step, "results": results})
+        for name, metrics in results.items():
+            numbers = "  ".join(
+                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in metrics.items()
+                if isinstance(value, int | float)
+            )
+            self.note(f"step {step}  {name}: {numbers}")
+
+    def close(self) -> None:
+        """Removes the bar and closes the file; the log stays silent afterwards."""
+        if self._bar is not None:
+            self._bar[0].stop()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._is_main = False
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

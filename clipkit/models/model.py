@@ -1,0 +1,86 @@
+"""The inference handle: pictures and captions in, unit vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import Compose
+from torchvision.transforms.functional import pil_to_tensor
+
+from clipkit.models.checks import trimmed_length
+from clipkit.models.tokenizer import Tokenizer
+from clipkit.models.towers import Towers
+from clipkit.types import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: str) -> torch.device:
+    """Returns the device named, or for "auto" the best present: cuda, mps, cpu."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class Model:
+    """Two towers ready for use: in evaluation mode, without gradients, under one stated precision.
+
+    image_size (height, width); tokenizer; logit_scale (a float, already exponentiated); logit_bias (a float
+    or None); name and precision go into result files. Raises ConfigError for fp16 outside CUDA.
+    """
+
+    def __init__(
+        self, towers: Towers, device: str = "auto", precision: str = "fp32", name: str = "model"
+    ) -> None:
+        if precision not in DTYPES:
+            raise ConfigError(f"unknown precision {precision}", f"use one of {', '.join(DTYPES)}")
+        self.device = choose_device(device)
+        if precision == "fp16" and self.device.type != "cuda":
+            raise ConfigError(
+                f"precision fp16 needs CUDA, the device is {self.device.type}", "use bf16 or fp32"
+            )
+        self.towers = towers.to(self.device).eval().requires_grad_(False)
+        self.precision, self.name = precision, name
+        self.image_size, self.context_length = towers.image_size, towers.context_length
+        self.tokenizer: Tokenizer = towers.tokenizer
+        self.logit_scale = float(towers.logit_scale.detach().exp())
+        self.logit_bias = None if towers.logit_bias is None else float(towers.logit_bias.detach())
+        cfg = PreprocessCfg(**towers.preprocess_cfg)
+        # Without its last two steps, ToTensor and Normalize: pixels stay uint8 until they are on the device.
+        self._transform = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Returns uint8 (3, H, V): the pixels of open_clip's evaluation transform before normalisation."""
+        return pil_to_tensor(self._transform(image))
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Returns int64 (n, context_length)."""
+        return self.tokenizer(list(captions))
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = DTYPES[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
+        """Returns unit vectors (B, D), at least fp32, of uint8 (B, 3, H, V) or of PIL images."""
+        pixels = images if isinstance(images, Tensor) else torch.stack([self.preprocess(x) for x in images])
+        with self._autocast():
+            return self.towers.image(pixels.to(self.device))[1]
+
+    @torch.no_grad()
+    def encode_text(self, texts: Tensor | Sequence[str]) -> Tensor:
+        """Returns unit vectors (n, D), at least fp32, of ids (n, T) or of captions."""
+        tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        trim = self.towers.text_trim
+        if trim is not None and len(tokens):
+            tokens = tokens[:, : trimmed_length(tokens, trim, tokens.shape[1])]
+        with self._autocast():
+            return self.towers.text(tokens.to(self.device))[1]

@@ -1,0 +1,83 @@
+"""Evaluation while training: the same functions as the commands, on the weights of the moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit.checkpoint import capture_rng, restore_rng
+from clipkit.config import EvaluateConfig
+from clipkit.data.views import ImageView
+from clipkit.evaluation import retrieval, zero_shot
+from clipkit.train.setup import Run
+
+
+class TrainingEncoder:
+    """The Encoder of evaluation on the prepared module, so that autocast and sharding apply.
+
+    weights: "raw" or "ema". Every rank must call it equally often.
+    """
+
+    def __init__(self, run: Run, weights: str) -> None:
+        self._run, self._weights = run, weights
+        self._towers = run.bare.towers
+        self.image_size = self._towers.image_size
+        self.preprocess = ImageView(size=self.image_size, train=False)
+        self.precision = run.config.run.precision
+        self.name = f"{run.folder.name}@{weights}"
+
+    @property
+    def logit_scale(self) -> float:
+        """The exponentiated temperature."""
+        return float(self._towers.logit_scale.detach().exp())
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Returns token ids, int64 (B, T)."""
+        return self._towers.tokenizer(captions)
+
+    def _embed(self, images: dict[str, Tensor], texts: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            outputs = self._run.learner("embed", images=images, texts=texts, weights=self._weights)
+        (joint,) = (x for name, x in outputs.items() if name.startswith("joint."))
+        return joint
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Returns joint embeddings (B, D) of uint8 images (B, 3, H, V)."""
+        return self._embed({"image": images.to(self._run.accelerator.device)}, {})
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Returns joint embeddings (B, D) of token ids (B, T)."""
+        return self._embed({}, {"text": tokens.to(self._run.accelerator.device)})
+
+
+def _one(encoder: TrainingEncoder, entry: EvaluateConfig, run: Run) -> dict[str, Any]:
+    if entry.task == "retrieval":
+        result = retrieval(encoder, entry.data, world=run.world)
+    else:
+        result = zero_shot(
+            encoder, entry.data, classnames=entry.classnames, templates=entry.templates, world=run.world
+        )
+    metrics: dict[str, Any] = result["metrics"]
+    return metrics
+
+
+def evaluate(run: Run) -> dict[str, dict[str, Any]]:
+    """Returns label -> metrics of every `run.evaluate` entry, raw weights and averaged ones (`label@ema`).
+
+    All ranks share the work. Training modes and random states are left as they were.
+    """
+    state = capture_rng()
+    run.learner.eval()
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for weights in ("raw",) if run.bare.ema is None else ("raw", "ema"):
+            encoder = TrainingEncoder(run, weights)
+            for entry in run.config.run.evaluate:
+                label = entry.label if weights == "raw" else f"{entry.label}@{weights}"
+                results[label] = _one(encoder, entry, run)
+    finally:
+        run.learner.train()
+        restore_rng(state)
+    return results

@@ -1,0 +1,212 @@
+"""The loop: step, log, evaluate, checkpoint, stop; nothing here knows what an objective computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipkit import dist, optim
+from clipkit.checkpoint import CheckpointStore, CheckpointWriteError, StopSignals, restore_rng
+from clipkit.config import parse_interval
+from clipkit.data.rejects import RejectBudget
+from clipkit.log import RunLog
+from clipkit.train.evaluate import evaluate
+from clipkit.train.setup import Run
+from clipkit.train.state import TrainState, save
+from clipkit.train.step import StepResult, step
+from clipkit.types import Batch, ClipkitError, Reject
+
+MAX_FAILED_SAVES = 3
+
+
+class Interrupted(ClipkitError):
+    """The run was asked to stop and left a checkpoint behind (exit code 130)."""
+
+    exit_code = 130
+
+
+@dataclass
+class Clock:
+    """Seconds since the last log line: in all, waiting for data, and the samples they brought."""
+
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    samples: int = 0
+
+    def read(self) -> dict[str, float]:
+        """Returns samples/s and the share of waiting for data, and starts again."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        found = {"samples_per_second": self.samples / seconds, "data_wait": self.waited / seconds}
+        self.began, self.waited, self.samples = time.perf_counter(), 0.0, 0
+        return found
+
+
+@dataclass
+class Loop:
+    """One process's share of a running training."""
+
+    run: Run
+    state: TrainState
+    store: CheckpointStore
+    budget: RejectBudget
+    log: RunLog
+    signals: StopSignals
+    clock: Clock = field(default_factory=Clock)
+    failed_saves: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = -1
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluated_step: int = -1
+
+    def train(self, rng: dict[str, Any] | None) -> None:
+        """Runs from the state's step to the last one; `rng` are the random states to continue with."""
+        run, began = self.run, time.perf_counter()
+        batches = run.stream.batches(self.state.step, run.total_steps)
+        asked = time.perf_counter()
+        for batch in batches:
+            self.clock.waited += time.perf_counter() - asked
+            if rng is not None:
+                # Only now: building iterators and workers draws from the generators.
+                restore_rng(rng)
+                rng = None
+            result = self._advance(batch)
+            now = time.perf_counter()
+            self.state.seconds += now - began
+            began = now
+            self._log(result)
+            self._housekeep(batch.rejects)
+            asked = time.perf_counter()
+        self._finish()
+
+    def _advance(self, batch: Batch) -> StepResult:
+        run, state, config = self.run, self.state, self.run.config
+        factor = optim.lr_factor(
+            state.step, run.total_steps, run.warmup_steps, config.optim.schedule, config.optim.final_lr
+        )
+        optim.set_lr(run.optimizer, factor)
+        result = step(
+            run.learner,
+            run.accelerator,
+            run.optimizer,
+            batch.to(run.accelerator.device),
+            progress=state.step / run.total_steps,
+            micro_batch=run.micro_batch,
+            clip_norm=config.optim.clip_norm,
+        )
+        if result.taken:
+            run.bare.after_step(state.step)
+        elif run.accelerator.scaler is None:
+            self._refuse_non_finite(result, batch)
+        else:
+            state.skipped += 1
+        state.step += 1
+        state.samples += config.data.batch_size
+        self.clock.samples += config.data.batch_size
+        return result
+
+    def _refuse_non_finite(self, result: StepResult, batch: Batch) -> None:
+        bad = [name for name, value in result.terms.items() if not math.isfinite(float(value))]
+        named = f"the terms {', '.join(bad)} are" if bad else "the gradient is"
+        keys = ", ".join(batch.keys[:5])
+        raise ClipkitError(
+            f"{named} not finite at step {self.state.step} (samples {keys}, ...); no weights were changed",
+            "lower optim.lr or lengthen optim.warmup, then run again: the last checkpoint is intact",
+        )
+
+    def _log(self, result: StepResult) -> None:
+        state, run = self.state, self.run
+        if state.step % run.config.run.log_every and state.step < run.total_steps:
+            return
+        names = list(result.terms)
+        totals = dist.agree([float(result.terms[name]) for name in names], "sum")
+        record: dict[str, float | int | str] = {
+            "step": state.step,
+            "samples": state.samples,
+            **{name: total / run.world.size for name, total in zip(names, totals, strict=True)},
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "logit_scale": float(run.bare.towers.logit_scale.detach().exp()),
+            "grad_norm": float(result.grad_norm),
+            **self.clock.read(),
+        }
+        accuracies = [value for name, value in record.items() if name.startswith("accuracy/")]
+        if accuracies:
+            record["accuracy"] = accuracies[0]
+        if run.bare.towers.logit_bias is not None:
+            record["logit_bias"] = float(run.bare.towers.logit_bias.detach())
+        self.log.step(record)
+
+    def _housekeep(self, rejects: Sequence[Reject]) -> None:
+        run, state, config = self.run, self.state, self.run.config.run
+        clock_due = time.monotonic() - self.saved_at
+        wanted = [float(self.signals.requested or 0), clock_due, float(len(rejects))]
+        stop, elapsed, rejected = dist.agree(wanted, "max")
+        self._count(rejects, bool(rejected))
+        every = config.evaluate_every
+        last = state.step == run.total_steps
+        if config.evaluate and (last or (every and parse_interval(every).due(state.step, run.total_steps))):
+            self._evaluate()
+        due = parse_interval(config.checkpoint_every).due(state.step, run.total_steps, elapsed)
+        if due or stop or last:
+            self._save()
+        if stop == signal.SIGUSR1:
+            self.signals.requested = None
+        elif stop and not last:
+            name = signal.Signals(int(stop)).name
+            raise Interrupted(
+                f"stopped by {name} after step {state.step} of {run.total_steps}; checkpoint saved",
+                "run the same command again to continue at the next sample",
+            )
+
+    def _count(self, rejects: Sequence[Reject], any_rank: bool) -> None:
+        found = [r for part in dist.gather_objects(list(rejects)) for r in part] if any_rank else []
+        if found and self.run.world.is_main:
+            with open(self.run.folder / "rejects.jsonl", "a", encoding="utf-8") as stream:
+                for reject in found:
+                    line = {"step": self.state.step, **dataclasses.asdict(reject)}
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.budget.add(found, self.run.config.data.batch_size)
+        if self.state.step % self.run.stream.steps_per_epoch == 0:
+            self.budget.end_of_epoch()
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        self.metrics = evaluate(self.run)
+        self.evaluated_step = self.state.step
+        self.log.evaluation(self.state.step, self.metrics)
+        # Evaluation is not training time: samples/s and ETA would sag at every evaluation.
+        self.clock.began += time.perf_counter() - began
+
+    def _save(self) -> None:
+        began = time.perf_counter()
+        try:
+            save(self.run, self.store, self.state, self.budget)
+        except CheckpointWriteError as error:
+            self.failed_saves += 1
+            self.log.note(f"warning: {error.cause} ({error.cure})")
+            if self.failed_saves >= MAX_FAILED_SAVES or self.state.step == self.run.total_steps:
+                raise
+        else:
+            self.failed_saves, self.saved_step = 0, self.state.step
+        self.saved_at = time.monotonic()
+        self.clock.began += time.perf_counter() - began
+
+    def _finish(self) -> None:
+        # A run that was complete when it was resumed has not evaluated in this process.
+        if self.run.config.run.evaluate and self.evaluated_step != self.state.step:
+            self._evaluate()
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Writes config.yaml of a run directory atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".config.yaml.{os.getpid()}"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / "config.yaml")

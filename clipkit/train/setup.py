@@ -1,0 +1,228 @@
+"""From a configuration to everything a run holds, in the order in which things can fail cheaply."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from clipkit import optim
+from clipkit.config import Config, check_schedule
+from clipkit.data.loader import TrainStream, open_train
+from clipkit.data.options import CaptionField, LoaderOptions, Source
+from clipkit.data.text import TextView
+from clipkit.data.views import ImageView
+from clipkit.dist import World
+from clipkit.learner import Learner, freeze_unused
+from clipkit.models.ema import WeightEMA
+from clipkit.models.towers import TowerOptions, Towers, build
+from clipkit.objectives import OBJECTIVES, build_objectives, shared_scale
+from clipkit.types import Batch, ConfigError
+
+EMA_BELOW_SAMPLES = 20_000_000
+EMA_DECAY = 0.999
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass
+class Run:
+    """Everything a run holds: `learner` is the prepared module, `bare` the same module unwrapped."""
+
+    config: Config
+    folder: Path
+    world: World
+    accelerator: Accelerator
+    learner: torch.nn.Module
+    bare: Learner
+    optimizer: Any
+    stream: TrainStream
+    total_steps: int
+    warmup_steps: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def micro_batch(self) -> int | None:
+        return self.config.data.micro_batch
+
+    @property
+    def parameters(self) -> int:
+        """The number of trainable parameters."""
+        return sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
+
+
+def make_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
+    """Returns an Accelerator for the visible devices; raises ConfigError for fp16 without CUDA.
+
+    DDP looks for unused parameters so that the last backward of a cached step reduces what the earlier
+    ones left, and never rebuilds its buckets: rebuilt buckets add in another order after a resume.
+    """
+    # One process may run several times (tests, quickstart); Accelerate would keep the first precision.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+    )
+    torch.use_deterministic_algorithms(deterministic)
+    if precision == "fp16" and accelerator.device.type != "cuda":
+        raise ConfigError(
+            f"run.precision: fp16 on {accelerator.device.type} would silently train in fp32",
+            "set run.precision to bf16 or fp32, or run on a CUDA device",
+        )
+    return accelerator
+
+
+def wrap(accelerator: Accelerator, learner: Learner, optimizer: Any) -> tuple[torch.nn.Module, Any]:
+    """Returns the prepared module and optimizer; the loader is never prepared (Accelerate would shard it)."""
+    with warnings.catch_warnings():
+        # torch 2.15 renames the flag; its successor does not exist in 2.11.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared, prepared_optimizer = accelerator.prepare(learner, optimizer)
+    return prepared, prepared_optimizer
+
+
+def seed_everything(seed: int) -> None:
+    """Changes the global generators of python, numpy and torch: the same start on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
+    """Returns the towers of the configuration, and its objectives as label -> (objective, weight)."""
+    entries = [{"name": entry.name, "weight": entry.weight, **entry.options} for entry in config.objectives]
+    objectives = build_objectives(entries, OBJECTIVES)
+    scale = shared_scale(objectives)
+    model = config.model
+    towers = build(
+        model.spec,
+        image=TowerOptions(init=model.image.init, freeze=model.image.freeze),
+        text=TowerOptions(init=model.text.init, freeze=model.text.freeze),
+        init=model.init,
+        log_scale=scale.log_scale,
+        bias=scale.bias,
+        micro_batch=config.data.micro_batch is not None,
+        tokenizer=model.tokenizer,
+    )
+    return towers, objectives
+
+
+def open_stream(config: Config, towers: Towers, world: World, saved: dict[str, Any] | None) -> TrainStream:
+    """Returns the training data of the configuration for this rank."""
+    data = config.data
+    source = data.train[0]
+    options = LoaderOptions(
+        source=Source(
+            source.shards, tuple(CaptionField(c.field, c.weight) for c in source.captions), source.weight
+        ),
+        batch_size=data.batch_size,
+        seed=config.run.seed,
+        workers=data.workers,
+        lanes=data.lanes,
+        window_bytes=data.window_bytes,
+        max_pixels=data.max_pixels,
+        max_reject_fraction=data.max_reject_fraction,
+        max_consecutive=data.max_consecutive,
+        allow_pipe=data.allow_pipe,
+        start_method=data.start_method,
+    )
+    text = TextView(
+        tokenizer=towers.tokenizer, context_length=towers.context_length, trim=towers.text_trim
+    )
+
+    image = ImageView(size=towers.image_size, scale=data.crop_scale or (0.5, 1.0))
+    return open_train(options, [image], [text], world, saved=saved)
+
+
+def fake_batch(towers: Towers, rows: int = 2) -> Batch:
+    """Returns a batch of noise images and two captions, to see which parameters get a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (rows, 3, *towers.image_size), generator=generator, dtype=torch.uint8)
+    texts = towers.tokenizer([f"a photo of number {row}" for row in range(rows)])
+    numbers = torch.arange(rows)
+    return Batch({"image": images}, {"text": texts}, numbers, numbers, tuple(map(str, range(rows))))
+
+
+def make_optimizer(config: Config, learner: Learner) -> torch.optim.AdamW:
+    """Returns the optimizer over what is trainable."""
+    rates = {
+        "towers.clip.visual.": config.model.image.lr,
+        "towers.clip.text.": config.model.text.lr,
+    }
+    groups = optim.parameter_groups(
+        learner.named_parameters(),
+        config.learning_rate,
+        config.optim.weight_decay,
+        {prefix: rate for prefix, rate in rates.items() if rate is not None},
+    )
+    return optim.adamw(groups, config.optim.betas, config.optim.eps)
+
+
+def wants_ema(config: Config, pairs: int) -> float | None:
+    """Returns the decay of the averaged weights, or None; `auto` keeps them below 20 M pairs."""
+    wanted = config.run.weight_ema
+    if wanted == "auto":
+        wanted = pairs < EMA_BELOW_SAMPLES
+    if isinstance(wanted, bool):
+        return EMA_DECAY if wanted else None
+    return float(wanted)
+
+
+def check_world(config: Config, world: World) -> None:
+    """Raises ConfigError when the ranks are not the ones the configuration counts on."""
+    if config.run.world_size is not None and config.run.world_size != world.size:
+        raise ConfigError(
+            f"run.world_size asks for {config.run.world_size} processes, {world.size} are running",
+            f"start with `torchrun --nproc_per_node {config.run.world_size} -m clipkit pretrain ...`",
+        )
+    if config.data.batch_size % world.size:
+        raise ConfigError(
+            f"data.batch_size {config.data.batch_size} is not a multiple of {world.size} processes",
+            f"use a multiple of {world.size}; batch_size counts the samples of all processes together",
+        )
+
+
+def prepare(config: Config, folder: Path, accelerator: Accelerator, saved: dict[str, Any] | None = None) -> Run:
+    """Returns a run that is ready for its first step; `saved` is the data position it will continue from."""
+    world = World.current()
+    check_world(config, world)
+    seed_everything(config.run.seed)
+    towers, objectives = build_towers(config)
+    stream = open_stream(config, towers, world, saved)
+    decay = wants_ema(config, stream.num_samples)
+    learner = Learner(towers, objectives, None if decay is None else WeightEMA(towers, decay))
+    learner.train()
+    unused = freeze_unused(learner, fake_batch(towers))
+    notes = list(towers.notes)
+    if unused:
+        notes.append(f"without gradient, frozen and left out of the optimizer: {', '.join(unused)}")
+    optimizer = make_optimizer(config, learner)
+    total = config.total_steps(stream.steps_per_epoch)
+    notes += check_schedule(config, total)
+    prepared, prepared_optimizer = wrap(accelerator, learner, optimizer)
+    # Ranks draw different dropout masks, but every one of them the same way in every run.
+    seed_everything(config.run.seed + world.rank)
+    return Run(
+        config=config,
+        folder=folder,
+        world=world,
+        accelerator=accelerator,
+        learner=prepared,
+        bare=learner,
+        optimizer=prepared_optimizer,
+        stream=stream,
+        total_steps=total,
+        warmup_steps=config.warmup_steps(total),
+        notes=notes,
+    )

@@ -1,0 +1,85 @@
+"""What a run remembers between two processes, and the way to and from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkit.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    capture_rng,
+    load_optimizer_tensors,
+    log_lengths,
+    optimizer_tensors,
+    truncate_logs,
+)
+from clipkit.data.rejects import RejectBudget
+from clipkit.train.setup import Run
+from clipkit.types import ClipkitError
+
+LOGS = ("metrics.jsonl", "rejects.jsonl")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: optimizer steps taken, samples seen by all ranks, seconds spent training."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+
+
+def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudget) -> Path:
+    """Writes a checkpoint of the run through the commit protocol; returns its folder. All ranks call it."""
+    towers = run.bare.towers
+    documents: dict[str, dict[str, Any]] = {
+        "trainer": {
+            **asdict(state),
+            "model_cfg": towers.model_cfg,
+            "preprocess_cfg": towers.preprocess_cfg,
+            "tokenizer": towers.tokenizer_spec,
+            "rejects": budget.state(),
+            "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
+            "logs": log_lengths(run.folder, LOGS),
+        },
+        "data": run.stream.state(state.step),
+    }
+    named = dict(run.bare.named_parameters())
+    return store.save(
+        state.step,
+        tensors={
+            "model": run.bare.state_dict(),
+            "optimizer": optimizer_tensors(run.optimizer.optimizer, named),
+        },
+        rank_tensors=capture_rng(),
+        documents=documents,
+        identity={"parameters": sum(p.numel() for p in named.values()), "seed": run.config.run.seed},
+    )
+
+
+def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
+    """Changes the run to what the checkpoint holds and cuts its logs back; returns where it stands.
+
+    Random states are restored by the caller, after iterators exist.
+    """
+    trainer = found.document("trainer")
+    run.stream.check_state(found.document("data"))
+    missing, unexpected = run.bare.load_state_dict(found.tensors("model"), strict=False)
+    if missing or unexpected:
+        names = ", ".join([*missing, *unexpected][:5])
+        raise ClipkitError(
+            f"{found.path} holds another model: {len(missing)} tensors missing, {len(unexpected)} unexpected ({names})",
+            "give this run its own run.dir, or start anew with --resume never",
+        )
+    load_optimizer_tensors(
+        run.optimizer.optimizer, dict(run.bare.named_parameters()), found.tensors("optimizer")
+    )
+    if run.accelerator.scaler is not None and trainer["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(trainer["scaler"])
+    budget.load_state(trainer["rejects"])
+    if run.world.is_main:
+        truncate_logs(run.folder, trainer["logs"])
+    return TrainState(**{name: trainer[name] for name in ("step", "samples", "seconds", "skipped")})

@@ -1,0 +1,108 @@
+"""One training step, plain or with gradient caching; callable on a CPU with four images.
+
+Micro-batches never change the loss: embeddings are computed piece by piece, the objectives see the whole
+batch once, and each piece is run again with the cotangents of its embeddings (gradient caching,
+arXiv:2101.06983). Plain gradient accumulation would shrink the set of negatives and is not offered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from clipkit.checkpoint import capture_rng, restore_rng
+from clipkit.learner import extras_of, inputs_of
+from clipkit.types import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found: named terms (), the gradient norm before clipping, and whether weights moved."""
+
+    terms: dict[str, Tensor]
+    grad_norm: Tensor
+    taken: bool
+
+
+def full_backward(learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float) -> dict[str, Tensor]:
+    """Fills the gradients from one forward of the whole batch; returns the terms."""
+    outputs = learner("full", **inputs_of(batch), extras=extras_of(batch), progress=progress)
+    accelerator.backward(outputs["loss"])
+    return outputs
+
+
+def cached_backward(
+    learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float, micro_batch: int
+) -> dict[str, Tensor]:
+    """Fills the gradients of the whole batch with at most `micro_batch` samples in flight; returns the terms.
+
+    Random states are replayed, so dropout draws the same masks in both passes. Every backward but the
+    last runs under no_sync; the last one reduces what all of them accumulated, which needs
+    `find_unused_parameters=True` (temperature and heads got their gradient before it).
+    """
+    pieces = [batch.rows(start, start + micro_batch) for start in range(0, len(batch), micro_batch)]
+    states, embedded = [], []
+    with torch.no_grad():
+        for piece in pieces:
+            states.append(capture_rng())
+            embedded.append(learner("embed", **inputs_of(piece)))
+    leaves = {
+        name: torch.cat([part[name] for part in embedded]).detach().requires_grad_() for name in embedded[0]
+    }
+    with accelerator.no_sync(learner):
+        outputs = learner("score", embeddings=leaves, extras=extras_of(batch), progress=progress)
+        accelerator.backward(outputs["loss"])
+    after = capture_rng()
+    cotangents = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    for number, piece in enumerate(pieces):
+        start = number * micro_batch
+        rows = {name: grad[start : start + len(piece)] for name, grad in cotangents.items()}
+        restore_rng(states[number])
+        if number + 1 < len(pieces):
+            with accelerator.no_sync(learner):
+                _surrogate_backward(learner, piece, rows)
+        else:
+            _surrogate_backward(learner, piece, rows)
+    restore_rng(after)
+    return outputs
+
+
+def _surrogate_backward(learner: nn.Module, piece: Batch, cotangents: dict[str, Tensor]) -> None:
+    # A plain backward: under fp16 the cotangents already carry the loss scale.
+    learner("surrogate", **inputs_of(piece), cotangents=cotangents)["loss"].backward()
+
+
+def step(
+    learner: nn.Module,
+    accelerator: Accelerator,
+    optimizer: Any,
+    batch: Batch,
+    *,
+    progress: float = 0.0,
+    micro_batch: int | None = None,
+    clip_norm: float | None = None,
+) -> StepResult:
+    """Changes the weights by one optimizer step over the global batch; returns what it found.
+
+    `learner` is the prepared module, `batch` holds this rank's rows. The caller runs `after_step` when the
+    step was taken (fp16 skips steps whose scaled gradient overflows).
+    """
+    if micro_batch is not None and micro_batch < len(batch):
+        outputs = cached_backward(learner, accelerator, batch, progress, micro_batch)
+    else:
+        outputs = full_backward(learner, accelerator, batch, progress)
+    limit = float("inf") if clip_norm is None else clip_norm
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    norm = accelerator.clip_grad_norm_(trained, limit)
+    scaled = accelerator.scaler is not None
+    # Weights must not swallow a NaN; with a loss scaler an overflow is normal and the scaler skips it.
+    finite = scaled or bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+    taken = finite and not (scaled and accelerator.optimizer_step_was_skipped)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult({name: x.detach() for name, x in outputs.items()}, norm.detach(), taken)

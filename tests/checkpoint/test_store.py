@@ -1,0 +1,418 @@
+"""The store: what is saved comes back bit for bit, damage is noticed and named, pruning keeps two."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipkit.checkpoint import CheckpointStore, CheckpointWriteError
+from clipkit.checkpoint import manifest as manifest_files
+from clipkit.types import ClipkitError, ConfigError
+from tests.checkpoint.children import assert_complete, save, single
+
+AWKWARD = {
+    "bf16": torch.randn(3, 5).to(torch.bfloat16),
+    "fp16": torch.randn(3).half(),
+    "fp64": torch.tensor([1 / 3, -0.0, 5e-324], dtype=torch.float64),
+    "scalar": torch.tensor(2.5),
+    "int64": torch.tensor([2**62, -1]),
+    "uint8": torch.arange(5, dtype=torch.uint8),
+    "bool": torch.tensor([True, False]),
+    "empty": torch.empty(0, 4),
+    "transposed": torch.randn(4, 3).t(),
+    "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "strided": torch.randn(10)[::3],
+    "expanded": torch.randn(1, 3).expand(4, 3),
+    "mask": torch.tensor([0.0, -torch.inf]),
+}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    store = single(tmp_path / "checkpoints")
+    save(store, 1, tensors={"model": AWKWARD, "optimizer": {}})
+    found = store.newest()
+    assert found is not None
+    read = found.tensors("model")
+    assert read.keys() == AWKWARD.keys()
+    for name, tensor in AWKWARD.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape), name
+        assert bits(read[name]) == bits(tensor), name
+    assert found.tensors("optimizer") == {}
+
+
+def test_tensors_that_share_memory_are_each_saved_under_their_name(tmp_path: Path) -> None:
+    table = torch.nn.Parameter(torch.randn(6, 2))
+    state = {"a": table, "tied": table, "part": table[2:4], "column": table[:, 0]}
+    store = single(tmp_path)
+    save(store, 1, tensors={"model": state})
+    read = store.newest().tensors("model")  # type: ignore[union-attr]
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_documents_and_identity_come_back(tmp_path: Path) -> None:
+    document = {"loss": 0.1 + 0.2, "nested": {"list": [1, None, "é\n"]}, "flag": True}
+    store = single(tmp_path)
+    path = save(store, 12, documents={"trainer": document}, identity={"betas": (0.9, 0.98)})
+    found = store.open(path)
+    assert found.document("trainer") == document
+    assert found.identity == {"betas": [0.9, 0.98]}
+    assert (found.step, found.world_size, found.rank_tensors(1)) == (12, 1, None)
+    with pytest.raises(ClipkitError, match=r"holds no data\.json"):
+        found.document("data")
+
+
+def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
+    path = save(single(tmp_path), 1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+
+
+def test_mode_bits_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save(single(tmp_path / "checkpoints"), 1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+    assert stat.S_IMODE((path.parent / "latest").stat().st_mode) == 0o640
+
+
+def test_a_fresh_folder_has_no_newest_and_reading_creates_nothing(tmp_path: Path) -> None:
+    assert single(tmp_path / "checkpoints").newest() is None
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_pruning_keeps_the_newest_and_numbers_beyond_eight_digits_sort(tmp_path: Path) -> None:
+    store = single(tmp_path, keep=2)
+    for step in (1, 20, 99_999_999, 100_000_000):
+        save(store, step)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-100000000", "step-99999999"]
+    assert_complete(store, (100_000_000,))
+    with pytest.raises(ConfigError, match="keep_checkpoints is 1"):
+        single(tmp_path, keep=1)
+
+
+def test_pruning_does_not_count_damaged_checkpoints_as_kept(tmp_path: Path) -> None:
+    store = single(tmp_path)
+    for step in (1, 2):
+        save(store, step)
+    flip_byte(tmp_path / "step-00000002" / "model.safetensors")
+    save(store, 3)
+    assert (tmp_path / "step-00000001").is_dir(), "the second newest intact one must survive"
+    assert any("step-00000002 is damaged" in line for line in store.warnings)
+    flip_byte(tmp_path / "step-00000003" / "model.safetensors")
+    assert_complete(store, (1,))
+    # Another process, which remembers nothing of what was verified, decides the same.
+    save(single(tmp_path), 4)
+    assert (tmp_path / "step-00000001").is_dir()
+    save(single(tmp_path), 5)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
+
+
+def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
+    store = single(tmp_path)
+    save(store, 4)
+    save(store, 5)
+    save(store, 5, documents={"trainer": {"again": True}})
+    assert store.newest().document("trainer") == {"again": True}  # type: ignore[union-attr]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+
+
+def test_after_a_rollback_the_lower_step_is_the_newest(tmp_path: Path) -> None:
+    store = single(tmp_path)
+    for step in (100, 200):
+        save(store, step)
+    save(store, 150)
+    assert_complete(store, (150,))
+    save(store, 160)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000150", "step-00000160"]
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def change_step(path: Path) -> None:
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+
+
+def newer_format(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "flipped byte": ("model.safetensors", flip_byte, r"model\.safetensors was changed"),
+    "flipped byte in the random states": ("rng-rank0.safetensors", flip_byte, "rng-rank0"),
+    "cut file": ("optimizer.safetensors", truncate, r"optimizer\.safetensors has \d+ bytes instead of \d+"),
+    "empty file": ("data.json", lambda path: path.write_bytes(b""), r"data\.json has 0 bytes"),
+    "missing file": ("rng-rank0.safetensors", Path.unlink, r"rng-rank0\.safetensors is missing"),
+    "directory in its place": (
+        "trainer.json",
+        lambda path: (path.unlink(), path.mkdir()),
+        r"trainer\.json (has|cannot)",
+    ),
+    "no manifest": ("manifest.json", Path.unlink, r"has no manifest\.json"),
+    "empty manifest": ("manifest.json", lambda path: path.write_bytes(b""), "is not JSON"),
+    "garbage manifest": ("manifest.json", lambda path: path.write_bytes(b"\xff\x00{"), "is not JSON"),
+    "deep manifest": ("manifest.json", lambda path: path.write_text("[" * 100_000), "is not JSON"),
+    "other JSON": ("manifest.json", lambda path: path.write_text('["format"]'), "is not that of"),
+    "edited manifest": ("manifest.json", change_step, "its own hash differs"),
+    "newer format": ("manifest.json", newer_format, "newer clipkit"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_passed_over_with_its_reason_and_refused_when_asked_for(tmp_path: Path, kind: str) -> None:
+    name, harm, reason = DAMAGE[kind]
+    store = single(tmp_path)
+    save(store, 1)
+    path = save(store, 2)
+    harm(path / name)
+    assert_complete(store, (1,))
+    assert [entry.name for entry in store.skipped] == ["step-00000002"]
+    assert pytest.raises(ClipkitError, match=reason).__enter__ is not None
+    with pytest.raises(ClipkitError, match=reason) as refused:
+        store.open(path)
+    assert (refused.value.exit_code, str(path) in refused.value.cause) == (1, True)
+    assert "--resume auto" in refused.value.cure
+    assert "\n" not in refused.value.cause
+    harm(tmp_path / "step-00000001" / name)
+    with pytest.raises(ClipkitError, match="no checkpoint in .* is intact: .*step-00000002.*step-00000001"):
+        store.newest()
+    # The run goes on: a new save of a damaged step takes its place.
+    save(store, 2)
+    assert_complete(store, (2,))
+
+
+@pytest.mark.parametrize("content", [b"", b"step-00000077\n", b"\xff\xfe", b"../../etc\n"])
+def test_a_broken_latest_is_reported_and_not_needed(tmp_path: Path, content: bytes) -> None:
+    store = single(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    (tmp_path / "latest").write_bytes(content)
+    assert_complete(store, (2,))
+    assert [entry.name for entry in store.skipped] == ["latest"]
+    (tmp_path / "latest").unlink()
+    assert_complete(store, (2,))
+    assert store.skipped == []
+
+
+def test_a_checkpoint_renamed_by_hand_is_not_taken_for_another_step(tmp_path: Path) -> None:
+    store = single(tmp_path)
+    save(store, 1)
+    save(store, 2).rename(tmp_path / "step-00000009")
+    assert_complete(store, (1,))
+    assert "step 2" in str(store.skipped)
+
+
+def test_open_takes_latest_and_refuses_what_is_not_there(tmp_path: Path) -> None:
+    store = single(tmp_path)
+    save(store, 3)
+    assert store.open(tmp_path / "latest").step == 3
+    with pytest.raises(ConfigError, match="there is no checkpoint directory"):
+        store.open(tmp_path / "step-00000004")
+
+
+def test_foreign_entries_are_left_alone_and_leftovers_removed(tmp_path: Path) -> None:
+    store = single(tmp_path)
+    for name in ("step-00000009.tmp-0123456789ab", "notes", "step-9", "best.tmp-0123456789ab"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latest.tmp-0123456789ab").write_text("x")
+    store.prepare()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.tmp-0123456789ab", "notes", "step-9"]
+    assert store.newest() is None
+
+
+def test_an_unusable_folder_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        single(tmp_path / "file" / "checkpoints").prepare()
+
+
+def test_too_little_free_space_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = single(tmp_path)
+    save(store, 1)
+    usage = manifest_files.os.statvfs(tmp_path)
+    assert usage.f_bavail
+    size = sum(t.numel() * t.element_size() for t in [torch.empty(1000)])
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: type("Usage", (), {"free": int(size * 1.2) - 1, "total": 0, "used": 0})
+    )
+    with pytest.raises(CheckpointWriteError, match="MB are wanted"):
+        save(store, 2, tensors={"model": {"w": torch.empty(1000)}}, rank_tensors={})
+    assert_complete(store, (1,))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_never_saved(tmp_path: Path, value: float) -> None:
+    store = single(tmp_path)
+    save(store, 1)
+    bad = {"model": {"fine": torch.ones(2), "towers.w": torch.tensor([1.0, value])}}
+    with pytest.raises(CheckpointWriteError, match=r"towers\.w holds values that are not finite"):
+        save(store, 2, tensors=bad)
+    assert_complete(store, (1,))
+
+
+def test_a_hostile_file_under_a_right_hash_is_not_executed(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    evil = f"cposix\nsystem\n(S'touch {canary}'\ntR.".encode()
+    store = single(tmp_path / "checkpoints")
+    path = save(store, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").unlink()
+    (path / "model.safetensors").unlink()
+    manifest["files"]["model.safetensors"] = manifest_files.write_bytes(path / "model.safetensors", evil)
+    manifest_files.write_manifest(
+        path, step=1, sequence=1, world_size=1, files=manifest["files"], identity={"seed": 7}
+    )
+    found = store.newest()
+    assert found is not None
+    with pytest.raises(ClipkitError, match=r"model\.safetensors cannot be read"):
+        found.tensors("model")
+    assert not canary.exists()
+
+
+def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
+    store = single(tmp_path / "checkpoints")
+    path = save(store, 1)
+    (path / "manifest.json").unlink()
+    record = manifest_files.write_bytes(tmp_path / "outside", b"x")
+    manifest_files.write_manifest(
+        path, step=1, sequence=1, world_size=1, files={"../../outside": record}, identity={}
+    )
+    with pytest.raises(ClipkitError, match="is not that of a checkpoint"):
+        store.open(path)
+
+
+def test_everything_is_durable_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut after the rename must find every byte on disk: file, directory, then parent."""
+    synced: list[int] = []
+    renamed: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def watched_rename(source: Path, target: Path) -> None:
+        assert {file.stat().st_ino for file in source.iterdir()} <= set(synced)
+        assert synced[-1] == source.stat().st_ino
+        renamed.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    save(single(tmp_path), 1)
+    assert renamed == ["step-00000001"]
+    assert synced[-1] == tmp_path.stat().st_ino
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def save_and_read(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    store = CheckpointStore(folder)
+    store.prepare()
+    path = save(store, 3)
+    found = store.newest()
+    assert found is not None
+    own = found.rank_tensors(rank)
+    assert own is not None
+    return {
+        "path": path.name,
+        "own": own["state"].tolist(),
+        "beyond": found.rank_tensors(world),
+        "files": sorted(file.name for file in path.iterdir()),
+    }
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_ranks_write_into_one_checkpoint(tmp_path: Path, run_ranks: Any, world: int) -> None:
+    results = run_ranks(world, save_and_read, tmp_path / "checkpoints")
+    assert [result["own"] for result in results] == [[3, rank] for rank in range(world)]
+    assert {result["path"] for result in results} == {"step-00000003"}
+    assert results[0]["beyond"] is None
+    assert {f"rng-rank{rank}.safetensors" for rank in range(world)} <= set(results[0]["files"])
+    found = single(tmp_path / "checkpoints").newest()
+    assert found is not None
+    assert found.world_size == world
+
+
+def fail_on(rank: int, world: int, folder: Path, failing: int) -> list[str]:
+    store = CheckpointStore(folder)
+    save(store, 1)
+    messages = []
+    write = manifest_files.write_tensors
+    if rank == failing:
+
+        def no_space(path: Path, tensors: Any) -> Any:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        manifest_files.write_tensors = no_space
+    try:
+        save(store, 2)
+    except CheckpointWriteError as error:
+        messages.append(error.cause)
+    manifest_files.write_tensors = write
+    kept = store.newest()
+    assert kept is not None
+    assert kept.step == 1
+    assert [p.name for p in folder.glob("*.tmp-*")] == []
+    save(store, 3)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 3
+    (newest.path / "model.safetensors").exists()
+    return messages
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_failing_rank_fails_the_save_on_all_alike(tmp_path: Path, run_ranks: Any, failing: int) -> None:
+    messages = run_ranks(2, fail_on, tmp_path / "checkpoints", failing)
+    assert messages[0] == messages[1]
+    assert f"(rank {failing}: OSError: [Errno 28] No space left on device)" in messages[0][0]
+
+
+def read_damaged(rank: int, world: int, folder: Path) -> tuple[str, int, str, str]:
+    store = CheckpointStore(folder)
+    found = store.newest()
+    assert found is not None
+    skipped = str(store.skipped)
+    causes = []
+    for path in (folder / "step-00000002", folder / "step-00000099"):
+        with pytest.raises(ClipkitError) as refused:
+            store.open(path)
+        causes.append(f"{refused.value.exit_code} {refused.value}")
+    return skipped, found.step, causes[0], causes[1]
+
+
+def test_all_ranks_agree_on_what_is_newest_and_what_is_refused(tmp_path: Path, run_ranks: Any) -> None:
+    store = single(tmp_path)
+    save(store, 1)
+    flip_byte(save(store, 2) / "model.safetensors")
+    first, second = run_ranks(2, read_damaged, tmp_path)
+    assert first == second
+    assert first[1] == 1
+    assert "model.safetensors was changed" in first[0]

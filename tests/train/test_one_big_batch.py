@@ -1,0 +1,163 @@
+"""P1: value and gradient do not depend on the number of ranks or micro-batches.
+
+Everything goes through Accelerate's prepared module, in float64, over two optimizer steps, and every
+parameter is compared with one process that sees the full batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipkit.dist import World
+from clipkit.learner import Learner, extras_of, freeze_unused, inputs_of
+from clipkit.models.towers import build
+from clipkit.objectives import OBJECTIVES, build_objectives, shared_scale
+from clipkit.train.setup import fake_batch, make_accelerator, wrap
+from clipkit.train.step import cached_backward, full_backward
+from clipkit.types import Batch
+from tests.conftest import TINY_MODEL
+
+BATCH = 12
+TOLERANCE = 1e-10
+
+ROBERTA = {
+    "model_type": "roberta",
+    "vocab_size": 49408,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+def model(kind: str) -> dict[str, Any]:
+    """One inline model_cfg per tower kind."""
+    cfg = copy.deepcopy(TINY_MODEL)
+    if kind == "patch_dropout":
+        cfg["vision_cfg"]["patch_dropout"] = 0.5  # type: ignore[index]
+    if kind == "roberta_dropout":
+        cfg["text_cfg"] = {"hf_config": ROBERTA, "context_length": 16, "hf_pooler_type": "mean_pooler"}
+    if kind == "resnet":
+        cfg["vision_cfg"] = {"timm_model_name": "test_resnet", "timm_pool": "avg", "image_size": 32}
+    return cfg
+
+
+def make(kind: str, objective: str) -> Learner:
+    """A learner in float64, the same on every rank."""
+    torch.manual_seed(3)
+    parts = build_objectives([{"name": objective}], OBJECTIVES)
+    scale = shared_scale(parts)
+    towers = build(model(kind), log_scale=scale.log_scale, bias=scale.bias).double()
+    learner = Learner(towers, parts)
+    learner.train()
+    freeze_unused(learner, fake_batch(towers))
+    return learner
+
+
+def batch_of(learner: Learner, number: int, world: World) -> Batch:
+    """This rank's rows of global batch `number`."""
+    generator = torch.Generator().manual_seed(100 + number)
+    images = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    words = ["red", "blue", "green", "a", "small", "large", "star", "heart"]
+    picks = torch.randint(0, len(words), (BATCH, 6), generator=generator)
+    texts = learner.towers.tokenizer([" ".join(words[int(i)] for i in row) for row in picks])
+    rows = torch.arange(BATCH)
+    whole = Batch({"image": images}, {"text": texts}, rows, rows, tuple(str(i) for i in range(BATCH)))
+    share = BATCH // world.size
+    return whole.rows(world.rank * share, (world.rank + 1) * share)
+
+
+def reference_backward(learner: Any, batch: Batch, micro_batch: int) -> dict[str, Tensor]:
+    """The full graph with random numbers drawn per micro-batch: what gradient caching must reproduce."""
+    parts = [
+        learner("embed", **inputs_of(batch.rows(start, start + micro_batch)))
+        for start in range(0, len(batch), micro_batch)
+    ]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    outputs: dict[str, Tensor] = learner("score", embeddings=whole, extras=extras_of(batch), progress=0.0)
+    outputs["loss"].backward()
+    return outputs
+
+
+def two_steps(
+    rank: int, world: int, kind: str, objective: str, mode: str, micro: int, seed: int = 7
+) -> dict[str, Tensor]:
+    """Losses and every gradient of two optimizer steps."""
+    accelerator = make_accelerator("fp32")
+    assert accelerator.num_processes == world
+    bare = make(kind, objective)
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.05)
+    learner, optimizer = wrap(accelerator, bare, optimizer)
+    found: dict[str, Tensor] = {}
+    backward: dict[str, Callable[[Batch], dict[str, Tensor]]] = {
+        "full": lambda batch: full_backward(learner, accelerator, batch, 0.0),
+        "cached": lambda batch: cached_backward(learner, accelerator, batch, 0.0, micro),
+        "reference": lambda batch: reference_backward(learner, batch, micro),
+    }
+    torch.manual_seed(seed)
+    for number in range(2):
+        outputs = backward[mode](batch_of(bare, number, World.current()))
+        value = outputs["loss"].detach()
+        if world > 1:
+            torch.distributed.all_reduce(value)
+        found[f"{number}.loss"] = value / world
+        for name, parameter in bare.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, name
+                found[f"{number}.{name}"] = parameter.grad.clone()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Asserts equality of every value and gradient, relative to the largest entry of the step's gradients."""
+    assert found.keys() == expected.keys()
+    for number in ("0.", "1."):
+        size = max(float(x.abs().max()) for name, x in expected.items() if name.startswith(number))
+        for name in (name for name in expected if name.startswith(number)):
+            worst = float((found[name] - expected[name]).abs().max())
+            assert worst <= TOLERANCE * size, f"{name}: {worst / size:.1e}"
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_equal_one_process(run_ranks: Any, world: int, objective: str) -> None:
+    (expected,) = run_ranks(1, two_steps, "native", objective, "full", 0)
+    for found in run_ranks(world, two_steps, "native", objective, "full", 0):
+        check_same(found, expected)
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize(("world", "micro"), [(1, 6), (1, 3), (1, 5), (2, 3), (3, 2)])
+def test_micro_batches_equal_the_full_batch(run_ranks: Any, world: int, micro: int, objective: str) -> None:
+    (expected,) = run_ranks(1, two_steps, "native", objective, "full", 0)
+    for found in run_ranks(world, two_steps, "native", objective, "cached", micro):
+        check_same(found, expected)
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("kind", ["patch_dropout", "roberta_dropout"])
+@pytest.mark.parametrize("micro", [6, 3])
+def test_caching_replays_stochastic_layers(run_ranks: Any, kind: str, objective: str, micro: int) -> None:
+    (expected,) = run_ranks(1, two_steps, kind, objective, "reference", micro)
+    (found,) = run_ranks(1, two_steps, kind, objective, "cached", micro)
+    check_same(found, expected)
+    (other,) = run_ranks(1, two_steps, kind, objective, "cached", micro, 8)
+    assert not torch.equal(other["0.loss"], found["0.loss"]), "nothing stochastic ran"
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_batchnorm_tower_sees_the_global_batch(run_ranks: Any, objective: str) -> None:
+    (expected,) = run_ranks(1, two_steps, "resnet", objective, "full", 0)
+    for found in run_ranks(2, two_steps, "resnet", objective, "full", 0):
+        check_same(found, expected)
