@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clipkit.evaluation import retrieval, zero_shot
     from clipkit.export import export, load
     from clipkit.objectives import OBJECTIVES, Objective
-    from clipkit.train import pretrain
+    from clipkit.train.pretrain import pretrain as pretrain
     from clipkit.types import Batch, Embeddings
 
 _HOMES = {

@@ -111,7 +111,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Changes what follows an optimizer step that was taken: scale clamp, objectives, averaged weights."""
+        """Does what follows an optimizer step that was taken: scale clamp, objectives, averaged weights."""
         self.towers.clamp_scale()
         for part in self.objectives.values():
             assert isinstance(part, Objective)
@@ -121,7 +121,7 @@ class Learner(nn.Module):
 
 
 def freeze_unused(learner: Learner, batch: Batch) -> list[str]:
-    """Freezes the parameters that one scored and back-propagated batch gives no gradient; returns their names.
+    """Freezes the parameters to which one back-propagated batch gives no gradient; returns their names.
 
     DDP would wait for them and the optimizer would decay them. Buffers, gradients and random states are
     left as they were. Raises ConfigError when a whole tower that an objective declares is among them.

@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from rich.live import Live
     from rich.progress import Progress, TaskID
 
 _USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
@@ -65,6 +66,12 @@ _FIELDS: dict[str, Callable[[Any], str]] = {
 }
 
 
+class _Bar(NamedTuple):
+    live: Live
+    progress: Progress
+    task: TaskID
+
+
 class RunLog:
     """The voice of one run. On ranks other than the main one every method does nothing.
 
@@ -93,7 +100,8 @@ class RunLog:
         self._first = start_step
         self._began = time.monotonic()
         self._file: IO[bytes] | None = None
-        self._bar: tuple[Progress, TaskID] | None = None
+        self._bar: _Bar | None = None
+        self._shown = ""
         if not is_main:
             return
         if run_dir is not None:
@@ -102,22 +110,28 @@ class RunLog:
         if self._stream.isatty() if tty is None else tty:
             self._bar = self._start_bar()
 
-    def _start_bar(self) -> tuple[Progress, TaskID]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def _start_bar(self) -> _Bar:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
 
-        columns = (
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+        columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        progress = Progress(*columns, speed_estimate_period=120)
+        task = progress.add_task("", total=self._total, completed=self._first)
+        # The numbers stand on a line of their own: beside the bar they would push it off a narrow terminal.
+        live = Live(
+            get_renderable=lambda: Group(progress.get_renderable(), Text(self._shown)),
+            console=Console(file=self._stream, force_terminal=True),
         )
-        bar = Progress(
-            *columns, console=Console(file=self._stream, force_terminal=True), speed_estimate_period=120
-        )
-        task = bar.add_task("", total=self._total, completed=self._first)
-        bar.start()
-        return bar, task
+        live.start()
+        return _Bar(live, progress, task)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Appends one record to metrics.jsonl."""
@@ -131,10 +145,8 @@ class RunLog:
             return
         step = int(record["step"])
         if self._bar is not None:
-            bar, task = self._bar
-            if show:
-                bar.update(task, description=self._line(record))
-            bar.update(task, completed=step)
+            self._shown = self._line(record) if show else self._shown
+            self._bar.progress.update(self._bar.task, completed=step)
         elif show:
             done = step - self._first
             left = (self._total - step) * (time.monotonic() - self._began) / max(1, done)
@@ -153,7 +165,7 @@ class RunLog:
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._bar[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
 
@@ -179,7 +191,7 @@ class RunLog:
     def close(self) -> None:
         """Removes the bar and closes the file; the log stays silent afterwards."""
         if self._bar is not None:
-            self._bar[0].stop()
+            self._bar.live.stop()
             self._bar = None
         if self._file is not None:
             self._file.close()

@@ -54,7 +54,9 @@ def preset(name: str) -> Path:
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise ClipkitError(f"the configuration {name} is not installed", "install clipkit again, or use a checkout")
+    raise ClipkitError(
+        f"the configuration {name} is not installed", "install clipkit again, or use a checkout"
+    )
 
 
 def run(
@@ -128,7 +130,9 @@ def swapped_accuracy(model: Any, path: Path, batch_size: int = 64) -> float:
         part = pairs[start : start + batch_size]
         images = [Image.open(BytesIO(pair.image)).convert("RGB") for pair in part]
         image = model.encode_image(images)
-        scores = [(image * model.encode_text(list(texts))).sum(dim=1) for texts in zip(*_texts(part), strict=True)]
+        scores = [
+            (image * model.encode_text(list(texts))).sum(dim=1) for texts in zip(*_texts(part), strict=True)
+        ]
         right += int((scores[0] > scores[1]).sum())
     return right / len(pairs)
 
@@ -150,7 +154,8 @@ def format_report(corpus: str, data: Path, rows: list[Row], report: Mapping[str,
     width = max(len(f"{row.name}, {row.metric}") for row in rows)
     lines = ["", f"{'held-out ' + corpus + ' (made data)':<{width}}   model  chance"]
     lines += [
-        f"{row.name + ', ' + row.metric:<{width}}  {100 * row.value:5.1f}%  {100 * row.chance:5.1f}%" for row in rows
+        f"{row.name + ', ' + row.metric:<{width}}  {100 * row.value:5.1f}%  {100 * row.chance:5.1f}%"
+        for row in rows
     ]
     retrieval = next((row.name for row in rows if "R@" in row.metric), rows[0].name)
     command = "retrieval" if "R@" in next(row.metric for row in rows if row.name == retrieval) else "zeroshot"
@@ -166,7 +171,9 @@ def format_report(corpus: str, data: Path, rows: list[Row], report: Mapping[str,
 def check_gate(rows: list[Row], floors: Mapping[str, float]) -> None:
     """Raises GateError naming every row that is below its recorded floor."""
     values = {f"{row.name} {row.metric}": row.value for row in rows}
-    below = [f"{name} {values[name]:.3f} < {floor:.3f}" for name, floor in floors.items() if values[name] < floor]
+    below = [
+        f"{name} {values[name]:.3f} < {floor:.3f}" for name, floor in floors.items() if values[name] < floor
+    ]
     if below:
         raise GateError(
             f"below the recorded floor: {'; '.join(below)}",

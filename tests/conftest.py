@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: one thread, no network, ranks by fork, a model of a few thousand parameters."""
+"""Fixtures of the whole suite: one thread, no network, ranks by fork, a tiny model and tiny shards."""
 
 from __future__ import annotations
 
@@ -102,7 +102,11 @@ class Ranks:
         found: list[tuple[bool, Any]] = []
         for rank, pipe in enumerate(self._pipes):
             try:
-                found.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(RANK_TIMEOUT_S) else (False, f"rank {rank} timed out"))
+                found.append(
+                    pickle.loads(pipe.recv_bytes())
+                    if pipe.poll(RANK_TIMEOUT_S)
+                    else (False, f"rank {rank} timed out")
+                )
             except EOFError:
                 found.append((False, f"rank {rank} died without a word"))
         self._reap()

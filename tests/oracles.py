@@ -106,3 +106,27 @@ def ensembled_classes(prompts: Sequence[Sequence[Sequence[float]]]) -> list[list
         columns = zip(*(unit(row) for row in rows), strict=True)
         classes.append(unit([math.fsum(column) / len(rows) for column in columns]))
     return classes
+
+
+# Losses: double loops over pairs, in float64.
+
+
+def slow_clip_loss(image: Any, text: Any, scale: float) -> float:
+    """Returns the symmetric InfoNCE of N pairs, one anchor at a time."""
+    count, total = len(image), 0.0
+    for anchors, candidates in ((image, text), (text, image)):
+        for row in range(count):
+            scores = [scale * float(anchors[row] @ candidates[column]) for column in range(count)]
+            total -= scores[row] - math.log(sum(math.exp(score) for score in scores))
+    return total / (2 * count)
+
+
+def slow_sigmoid_loss(image: Any, text: Any, scale: float, bias: float) -> float:
+    """Returns the pairwise sigmoid loss of N pairs, one pair at a time."""
+    total = 0.0
+    for row in range(len(image)):
+        for column in range(len(text)):
+            sign = 1.0 if row == column else -1.0
+            logit = scale * float(image[row] @ text[column]) + bias
+            total += math.log(1 + math.exp(-sign * logit))
+    return total / len(image)

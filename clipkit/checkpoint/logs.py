@@ -33,7 +33,7 @@ def truncate_logs(run_dir: Path | str, lengths: Mapping[str, int]) -> dict[str, 
     """
     removed: dict[str, int] = {}
     for name, length in lengths.items():
-        if Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise ClipkitError(
                 f"the checkpoint records a log file {name!r} outside the run directory",
                 "resume from a checkpoint that this run wrote",

@@ -84,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=given, prog_name="clipkit", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
+        code = 130
     except BrokenPipeError:
         # The reader of our output left (`clipkit ... | head`): stop without a second error at exit.
         sys.stderr.close()
@@ -97,4 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if with_traceback:
             traceback.print_exception(error)
         return _report(error)
+    if code == 130:  # from here or from the parser, which turns Control-C into this code without a word
+        print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0

@@ -11,8 +11,9 @@ from clipkit.cli.output import say, table
 from clipkit.types import ConfigError
 
 app = typer.Typer(help="List, show and check configurations.", no_args_is_help=True, rich_markup_mode=None)
-# A source checkout has configs/ beside the package; an installed package has none.
-_SHIPPED = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# An installed package carries its configurations inside, a source checkout beside it.
+_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 Paths = Annotated[
     list[Path] | None,
@@ -21,7 +22,7 @@ Paths = Annotated[
 
 
 def _files(paths: list[Path] | None) -> list[Path]:
-    roots = paths or ([_SHIPPED] if _SHIPPED.is_dir() else [])
+    roots = paths or [folder for folder in _SHIPPED if folder.is_dir()][:1]
     if not roots:
         raise ConfigError(
             "no configurations are installed", "name YAML files, or work in a checkout of clipkit"

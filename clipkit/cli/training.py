@@ -36,18 +36,15 @@ def quickstart(
 
 
 def _rehearsal(report: Mapping[str, Any]) -> str:
-    parameters = report["parameters"]
-    counts = parameters if isinstance(parameters, Mapping) else {"all": parameters}
     rows = [
-        ["parameters", ", ".join(f"{name} {count:,}" for name, count in counts.items())],
         ["samples per epoch", f"{report['samples_per_epoch']:,}"],
         ["steps", f"{report['steps']:,}"],
         ["speed", f"{report['samples_per_s']:,.1f} samples/s"],
         ["time to the end", duration(report["seconds_left"])],
         ["peak memory", size(report["memory_bytes"])],
         ["checkpoint", f"{size(report['checkpoint_bytes'])}, {report['checkpoints_kept']} kept"],
-        ["can resume on", f"{', '.join(str(world) for world in report['world_sizes'])} process(es)"],
     ]
+    # The summary begins like the banner of a run: parameters, data, length, world sizes that can resume.
     return "\n".join([*report["summary"], table(rows)])
 
 

@@ -94,12 +94,13 @@ class _Tree:
         if self.count > MAX_VALUES:
             raise_problems([Problem(Origin(self.name), *_TOO_MANY)])
         self.values.origins.setdefault(path, Origin(self.name, node.start_mark.line + 1))
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
             return [self.convert(child, (*path, index)) for index, child in enumerate(node.value)]
-        assert isinstance(node, yaml.ScalarNode)
-        return self._scalar(node, path)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
+        return self._refuse_tag(node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -133,9 +134,11 @@ class _Tree:
         except ValueError:
             self._refuse(node, f"{dotted(path)}: {shown(node.value)} is no {kind}", "write a plain number")
             return None
+        return self._refuse_tag(node, path)
+
+    def _refuse_tag(self, node: yaml.Node, path: Path_) -> None:
         cure = "write a plain value: tags that build objects are never executed"
         self._refuse(node, f"{dotted(path)}: the YAML tag {shown(node.tag)} is not allowed", cure)
-        return None
 
 
 _TOO_MANY = (

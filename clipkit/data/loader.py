@@ -7,8 +7,10 @@ process puts the ranges together in lane order. Only the ranges depend on the nu
 from __future__ import annotations
 
 import atexit
+import multiprocessing.connection
 import os
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -76,7 +78,7 @@ def _unchanged(item: Any) -> Any:
 def _prepare_worker(_: int) -> None:
     """Workers outlive the first Ctrl-C or SIGTERM, so that the main process can finish its step and save.
 
-    They leave when told to, when the main process is gone (torch checks every 5 s), or at a second SIGTERM.
+    They leave when told to, at a second SIGTERM, or when the main process is gone, however it went.
     """
     seen: list[int] = []
 
@@ -87,6 +89,15 @@ def _prepare_worker(_: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_terminate)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Torch's own watch compares process ids every 5 s and, under forkserver, watches the wrong process."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 class TrainStream:
@@ -135,10 +146,17 @@ class TrainStream:
             steps: Any = iter(_Steps(self._reader, ranges, start_step, stop_step))
         else:
             steps = self._workers(_Steps(self._reader, ranges, start_step, stop_step))
-        for _ in range(start_step, stop_step):
-            parts = [self._next(steps) for _ in ranges]
-            batch = merge(parts, self._recipe.text_views)
-            yield batch.pin_memory() if torch.cuda.is_available() else batch
+        try:
+            for _ in range(start_step, stop_step):
+                parts = [self._next(steps) for _ in ranges]
+                batch = merge(parts, self._recipe.text_views)
+                yield batch.pin_memory() if torch.cuda.is_available() else batch
+        finally:
+            # torch ends its workers in __del__, which fails when the iterator hangs in a traceback: the
+            # garbage collector finalises the queues first, and the workers never hear of the end.
+            end_workers = getattr(steps, "_shutdown_workers", None)
+            if end_workers is not None:
+                end_workers()
 
     def _workers(self, steps: _Steps) -> Iterator[SubBatch | _Failure]:
         with warnings.catch_warnings():

@@ -185,14 +185,15 @@ class EpochOrder:
 
     def _ids(self, low: int, high: int, start: int, stop: int) -> Ids:
         """Ids at positions start..stop of the permuted samples, which lie in chunks low..high."""
-        bounds = self._bounds[low : high + 1]
-        lengths = np.diff(np.clip(bounds, start, stop))
+        begins, ends = self._bounds[low:high], self._bounds[low + 1 : high + 1]
+        chunk = np.repeat(np.arange(high - low), np.minimum(ends, stop) - np.maximum(begins, start))
         first = self._starts[low:high]
-        ids = np.arange(start, stop) + np.repeat(first - bounds[:-1], lengths)
+        ids = np.arange(start, stop) + (first - begins)[chunk]
         for hole_begin, hole_end in self._holes:
-            cut = np.repeat(np.maximum(first, hole_begin), lengths)
-            inside = (ids >= cut) & (np.repeat(first, lengths) < hole_end)
-            ids = np.where(inside, ids + hole_end - cut, ids)
+            if not np.any((first < hole_end) & (first + self.order.chunk_size > hole_begin)):
+                continue
+            cut = np.maximum(first, hole_begin)[chunk]
+            ids = np.where((ids >= cut) & (first[chunk] < hole_end), ids + hole_end - cut, ids)
         return ids
 
     def batch(self, step: int) -> Ids:
@@ -237,7 +238,7 @@ def default_chunks(
     A lane gets at least four chunks where possible; chunk sizes are multiples of the index's stride.
     """
     chunk = min(MAX_CHUNK, -(-num_samples // (4 * lanes)))
-    affordable = window_samples / max(1, lanes_per_rank)
+    affordable = min(window_samples / max(1, lanes_per_rank), num_samples)
     chunk = int(max(1, min(chunk, affordable)))
     chunk = max(stride, chunk // stride * stride)
     lane_chunks = -(-(num_samples // lanes) // chunk) + 1

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from clipkit.data.tar_format import IMAGE_EXTENSIONS, split_name, walk
 from clipkit.types import DataError
@@ -109,6 +109,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: Sequence
         if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
             raise Unusable("extreme aspect ratio", f"{width} x {height}")
         return as_rgb(image, background)
+    except UnidentifiedImageError:
+        raise Unusable("bad image", f"none of the formats {', '.join(_FORMATS)}") from None
     except _DECODE_ERRORS as error:
         raise Unusable("bad image", f"{type(error).__name__}: {error}".replace("\n", " ")[:200]) from None
     finally:
@@ -170,7 +172,7 @@ def caption(sample: RawSample, field: str) -> str:
 
 
 def _checked(text: str) -> str:
-    text = text.strip()
+    text = text.removeprefix("\ufeff").strip()
     if not text:
         raise Unusable("empty caption", "nothing but white space")
     if "\0" in text:

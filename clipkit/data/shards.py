@@ -111,7 +111,7 @@ def write_train_shards(
 
     Returns one record per shard. sizes.json ({name: samples}) is what open_clip reads.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    _begin(out, "sizes.json", "manifest.json")
     records = []
     stream = iter(samples)
     for number in itertools.count():
@@ -134,7 +134,7 @@ def write_train_parts(
 
     Each part travels to a process, so it must pickle. Returns one record per shard.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    _begin(out, "sizes.json", "manifest.json")
     jobs = [(out / shard_name(number), part) for number, part in enumerate(parts)]
     records = run_jobs(_write_part, jobs, workers=workers, count=lambda done: done.samples, progress=progress)
     return finish_train_shards(out, list(records))
@@ -179,7 +179,7 @@ def write_evaluation_set(
     caption per line); `kind` overrides what dataset_type.txt says. Templates use the field {c}.
     """
     folder = out / split
-    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder, "nshards.txt")
     stream = _Peekable(_evaluation_members(items, None if classnames is None else len(classnames)))
     records: list[ShardRecord] = []
     while stream.more():
@@ -240,6 +240,13 @@ def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
 
 def _write_part(path: Path, part: Callable[[], Iterable[Sample]]) -> ShardRecord:
     return write_shard(path, part())
+
+
+def _begin(folder: Path, *summaries: str) -> None:
+    """Makes the folder and removes the summaries of an earlier run, written again when all is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in summaries:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _keep_only(folder: Path, records: Sequence[ShardRecord]) -> None:

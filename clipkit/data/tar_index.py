@@ -305,7 +305,7 @@ def _load(folder: Path, name: str, shards: list[str], fingerprints: list[tuple[i
             != header["offsets_sha"]
         ):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         # A missing or damaged cache is rebuilt from the shards.
         return None
     return Index(

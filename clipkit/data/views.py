@@ -105,6 +105,9 @@ class ImageView:
         resample = _FILTERS[self.interpolation]
         if self.resize_mode == "squash":
             return image.resize((width, height), resample)
+        if self.resize_mode == "shortest" and height != width:
+            # open_clip has no choice of filter in this one case.
+            resample = Image.Resampling.BICUBIC
         w, h = _resized(image.size, self.size, self.resize_mode)
         image = image.resize((w, h), resample) if (w, h) != image.size else image
         return _centre(image, self.size, self.fill_color)

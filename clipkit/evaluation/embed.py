@@ -32,6 +32,10 @@ Progress = Callable[[str, int, int], None]
 COLLAPSED = 1e-5
 
 
+class UnusableEmbeddings(ClipkitError):
+    """Embeddings that are not finite, zero or collapsed: their score would be chance, in silence."""
+
+
 class Encoder(Protocol):
     """What evaluation needs of a model. Encoding may return any float dtype on any device.
 
@@ -199,20 +203,20 @@ def _spread(embeddings: Tensor) -> float:
 
 
 def check_embeddings(embeddings: Tensor, what: str, name: Callable[[int], str]) -> None:
-    """Raises ClipkitError for embeddings that would score chance level in silence.
+    """Raises UnusableEmbeddings for embeddings that would score chance level in silence.
 
     embeddings (N, D); what: "image" or "text"; name: row -> how to call it in the message.
     Refused: entries that are not finite, zero rows, and N >= 2 rows that are all the same point.
     """
     bad = ~embeddings.isfinite().all(1)
     for first in _names(bad, name):
-        raise ClipkitError(
+        raise UnusableEmbeddings(
             f"{int(bad.sum())} of {len(bad)} {what} embeddings are not finite (first: {first})",
             "the weights or the precision overflow: evaluate in fp32, or use an earlier checkpoint",
         )
     zero = (embeddings == 0).all(1)
     for first in _names(zero, name):
-        raise ClipkitError(
+        raise UnusableEmbeddings(
             f"{int(zero.sum())} of {len(zero)} {what} embeddings are zero vectors (first: {first})",
             f"the {what} tower puts out nothing: check that its weights were loaded and trained",
         )
@@ -220,7 +224,7 @@ def check_embeddings(embeddings: Tensor, what: str, name: Callable[[int], str]) 
         return
     spread = _spread(embeddings)
     if spread < COLLAPSED:
-        raise ClipkitError(
+        raise UnusableEmbeddings(
             f"all {len(embeddings)} {what} embeddings are one point (spread {spread:.1e}): collapsed",
             f"check that the {what}s differ; then lower the learning rate or use an earlier checkpoint",
         )

@@ -16,6 +16,7 @@ from clipkit.evaluation.embed import Encoder, Progress, check_embeddings, distin
 from clipkit.evaluation.prompts import ClassNames, Prompts, Templates, build_prompts
 from clipkit.evaluation.ranks import class_ranks, on_grid
 from clipkit.evaluation.results import build_result
+from clipkit.types import DataError
 
 DEFINITIONS = {
     "acc1": "share of images whose class has the highest score",
@@ -70,6 +71,13 @@ def _classifier(model: Encoder, prompts: Prompts, batch_size: int, world: World,
     return class_embeddings(embedded, index, [len(texts) for texts in prompts.texts])
 
 
+def _per_class(names: Sequence[str], samples: Tensor, correct: Tensor) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "samples": seen, "acc1": hits / seen if seen else None}
+        for name, seen, hits in zip(names, samples.tolist(), correct.tolist(), strict=True)
+    ]
+
+
 def zero_shot(
     model: Encoder,
     data: str | Path,
@@ -96,6 +104,11 @@ def zero_shot(
     world = world or World()
     dataset = open_classification(data, split)
     names = dataset.classnames(classnames)
+    if len(names) < 2:
+        raise DataError(
+            f"{dataset.source}: only one class, {names[0]!r}: every image would be right",
+            "point the command at the folder that holds one folder per class",
+        )
     prompts = build_prompts(names, templates, dataset.templates, dataset.wordnet)
     classes = _classifier(model, prompts, batch_size, world, progress)
     images = embed_images(
@@ -119,10 +132,7 @@ def zero_shot(
         "batch_size": batch_size,
         "definitions": DEFINITIONS,
     }
-    per_class = [
-        {"name": name, "samples": seen, "acc1": hits / seen if seen else None}
-        for name, seen, hits in zip(names, samples.tolist(), correct.tolist(), strict=True)
-    ]
+    per_class = _per_class(names, samples, correct)
     return build_result(
         "zeroshot_classification", model, dataset.name, metrics, counts, protocol, per_class=per_class
     )

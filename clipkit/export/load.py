@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipkit.checkpoint import Checkpoint, CheckpointStore
+from clipkit.data import ImageView
 from clipkit.dist import World
 from clipkit.export.open_clip import load_open_clip, rebuild, save_open_clip
 from clipkit.export.open_clip import verify as verify_export
@@ -29,7 +30,9 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "fp32", we
     weights    of a run: "ema", "raw", or "auto": averaged weights when the run keeps them
     Raises ConfigError when `model` is none of these, ClipkitError when what is there is damaged.
     """
-    return Model(load_towers(model, weights=weights), device, precision, name=str(model))
+    towers = load_towers(model, weights=weights)
+    view = ImageView.from_preprocess(towers.preprocess_cfg, train=False)
+    return Model(towers, view, device, precision, name=str(model))
 
 
 def load_towers(model: str | Path, *, weights: str = "auto") -> Towers:

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipkit.models import Model, Towers, build
+from clipkit.data import ImageView
+from clipkit.models import Towers, build
 from clipkit.models.tokenizer import has_tokenizer
 from clipkit.models.weights import CONFIG_FILE, WEIGHTS_FILE, read_document
 from clipkit.types import ClipkitError, ConfigError
@@ -178,14 +179,16 @@ def verify(path: Path | str, towers: Towers | None = None) -> dict[str, Any]:
     equality to the last bit. Raises ClipkitError on any difference, or when open_clip cannot load it.
     """
     folder = Path(path).resolve()
-    source = load_open_clip(folder) if towers is None else copy.deepcopy(towers).float()
-    model = Model(source, device="cpu")
+    source = load_open_clip(folder) if towers is None else copy.deepcopy(towers).to("cpu", torch.float32)
+    # As open_clip leaves it: frozen parameters take other matrix kernels, which round differently.
+    source.eval().requires_grad_(True)
+    view = ImageView.from_preprocess(source.preprocess_cfg, train=False)
     generator = np.random.default_rng(0)
-    height, width = model.image_size
+    height, width = source.image_size
     sizes = [(height, width), (height + 17, width + 40), (2 * height, width), (max(8, height // 2), width)]
     pictures = [generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
-    images = torch.stack([model.preprocess(Image.fromarray(picture)) for picture in pictures])
-    tokens = model.tokenize(CAPTIONS)
+    images = torch.stack([view(Image.fromarray(picture)) for picture in pictures])
+    tokens = source.tokenizer(CAPTIONS)
     with torch.no_grad():
         # Captions at full length, as open_clip reads them.
         ours = {"image": source.image(images)[1].numpy(), "text": source.text(tokens)[1].numpy()}

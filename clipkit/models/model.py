@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose
-from torchvision.transforms.functional import pil_to_tensor
 
 from clipkit.models.checks import trimmed_length
 from clipkit.models.tokenizer import Tokenizer
@@ -32,12 +29,18 @@ def choose_device(device: str) -> torch.device:
 class Model:
     """Two towers ready for use: in evaluation mode, without gradients, under one stated precision.
 
+    preprocess  PIL image -> uint8 (3, H, V): open_clip's evaluation transform before normalisation
     image_size (height, width); tokenizer; logit_scale (a float, already exponentiated); logit_bias (a float
     or None); name and precision go into result files. Raises ConfigError for fp16 outside CUDA.
     """
 
     def __init__(
-        self, towers: Towers, device: str = "auto", precision: str = "fp32", name: str = "model"
+        self,
+        towers: Towers,
+        preprocess: Callable[[Image.Image], Tensor],
+        device: str = "auto",
+        precision: str = "fp32",
+        name: str = "model",
     ) -> None:
         if precision not in DTYPES:
             raise ConfigError(f"unknown precision {precision}", f"use one of {', '.join(DTYPES)}")
@@ -46,19 +49,14 @@ class Model:
             raise ConfigError(
                 f"precision fp16 needs CUDA, the device is {self.device.type}", "use bf16 or fp32"
             )
-        self.towers = towers.to(self.device).eval().requires_grad_(False)
-        self.precision, self.name = precision, name
+        # requires_grad stays as it is: without it torch folds matrix products differently, even under
+        # no_grad, and embeddings would no longer equal open_clip's to the last bit.
+        self.towers = towers.to(self.device).eval()
+        self.preprocess, self.precision, self.name = preprocess, precision, name
         self.image_size, self.context_length = towers.image_size, towers.context_length
         self.tokenizer: Tokenizer = towers.tokenizer
         self.logit_scale = float(towers.logit_scale.detach().exp())
         self.logit_bias = None if towers.logit_bias is None else float(towers.logit_bias.detach())
-        cfg = PreprocessCfg(**towers.preprocess_cfg)
-        # Without its last two steps, ToTensor and Normalize: pixels stay uint8 until they are on the device.
-        self._transform = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Returns uint8 (3, H, V): the pixels of open_clip's evaluation transform before normalisation."""
-        return pil_to_tensor(self._transform(image))
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Returns int64 (n, context_length)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from clipkit.checkpoint import capture_rng, restore_rng
 from clipkit.config import EvaluateConfig
 from clipkit.data.views import ImageView
-from clipkit.evaluation import retrieval, zero_shot
+from clipkit.evaluation import UnusableEmbeddings, retrieval, zero_shot
+from clipkit.evaluation.datasets import open_classification, open_retrieval
 from clipkit.train.setup import Run
 
 
@@ -63,6 +65,15 @@ def _one(encoder: TrainingEncoder, entry: EvaluateConfig, run: Run) -> dict[str,
     return metrics
 
 
+def check_data(entries: Iterable[EvaluateConfig]) -> None:
+    """Opens every evaluation set, so that a wrong path fails before the first step and not after hours."""
+    for entry in entries:
+        if entry.task == "retrieval":
+            open_retrieval(entry.data)
+        else:
+            open_classification(entry.data)
+
+
 def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """Returns label -> metrics of every `run.evaluate` entry, raw weights and averaged ones (`label@ema`).
 
@@ -76,7 +87,11 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
             encoder = TrainingEncoder(run, weights)
             for entry in run.config.run.evaluate:
                 label = entry.label if weights == "raw" else f"{entry.label}@{weights}"
-                results[label] = _one(encoder, entry, run)
+                try:
+                    results[label] = _one(encoder, entry, run)
+                except UnusableEmbeddings as error:
+                    # A collapse at step 100 may pass; the run goes on and its log says what was found.
+                    results[label] = {"error": error.cause}
     finally:
         run.learner.train()
         restore_rng(state)

@@ -8,13 +8,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipkit import dist, optim
-from clipkit.checkpoint import CheckpointStore, CheckpointWriteError, StopSignals, restore_rng
+from clipkit.checkpoint import CheckpointStore, CheckpointWriteError, StopSignals
 from clipkit.config import parse_interval
 from clipkit.data.rejects import RejectBudget
 from clipkit.log import RunLog
@@ -62,21 +62,20 @@ class Loop:
     clock: Clock = field(default_factory=Clock)
     failed_saves: int = 0
     saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = -1
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluated_step: int = -1
 
-    def train(self, rng: dict[str, Any] | None) -> None:
-        """Runs from the state's step to the last one; `rng` are the random states to continue with."""
-        run, began = self.run, time.perf_counter()
+    def train(self, continue_rng: Callable[[], None]) -> None:
+        """Runs from the state's step to the last one; `continue_rng` restores the generators."""
+        run, began, started = self.run, time.perf_counter(), False
         batches = run.stream.batches(self.state.step, run.total_steps)
         asked = time.perf_counter()
         for batch in batches:
             self.clock.waited += time.perf_counter() - asked
-            if rng is not None:
+            if not started:
                 # Only now: building iterators and workers draws from the generators.
-                restore_rng(rng)
-                rng = None
+                continue_rng()
+                started = True
             result = self._advance(batch)
             now = time.perf_counter()
             self.state.seconds += now - began
@@ -145,20 +144,19 @@ class Loop:
 
     def _housekeep(self, rejects: Sequence[Reject]) -> None:
         run, state, config = self.run, self.state, self.run.config.run
-        clock_due = time.monotonic() - self.saved_at
-        wanted = [float(self.signals.requested or 0), clock_due, float(len(rejects))]
-        stop, elapsed, rejected = dist.agree(wanted, "max")
+        elapsed = time.monotonic() - self.saved_at
+        asked = [self.signals.requested or 0, self.signals.save_requested, elapsed, len(rejects)]
+        stop, save_asked, elapsed, rejected = dist.agree([float(value) for value in asked], "max")
         self._count(rejects, bool(rejected))
         every = config.evaluate_every
         last = state.step == run.total_steps
         if config.evaluate and (last or (every and parse_interval(every).due(state.step, run.total_steps))):
             self._evaluate()
         due = parse_interval(config.checkpoint_every).due(state.step, run.total_steps, elapsed)
-        if due or stop or last:
+        if due or stop or save_asked or last:
+            self.signals.save_requested = False
             self._save()
-        if stop == signal.SIGUSR1:
-            self.signals.requested = None
-        elif stop and not last:
+        if stop and not last:
             name = signal.Signals(int(stop)).name
             raise Interrupted(
                 f"stopped by {name} after step {state.step} of {run.total_steps}; checkpoint saved",
@@ -194,7 +192,10 @@ class Loop:
             if self.failed_saves >= MAX_FAILED_SAVES or self.state.step == self.run.total_steps:
                 raise
         else:
-            self.failed_saves, self.saved_step = 0, self.state.step
+            self.failed_saves = 0
+        for line in self.store.warnings:
+            self.log.note(f"warning: {line}")
+        self.store.warnings.clear()
         self.saved_at = time.monotonic()
         self.clock.began += time.perf_counter() - began
 

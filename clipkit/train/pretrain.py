@@ -1,4 +1,4 @@
-"""`pretrain()`: one call from a configuration to a trained, exported model, or on from its last checkpoint."""
+"""`pretrain()`: from a configuration to a trained, exported model, or on from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from typing import Any
 import torch
 
 from clipkit import dist
-from clipkit.checkpoint import Checkpoint, CheckpointStore, StopSignals, run_lock
+from clipkit.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    StopSignals,
+    derive_rng,
+    restore_rng,
+    run_lock,
+    truncate_logs,
+)
 from clipkit.config import Config, load_config, make_config, read_values
 from clipkit.data.rejects import RejectBudget
 from clipkit.dist import World
 from clipkit.export import save_open_clip
 from clipkit.log import RunLog
+from clipkit.train.evaluate import check_data
 from clipkit.train.loop import Loop, write_config
 from clipkit.train.rehearsal import describe, rehearse
 from clipkit.train.setup import Run, make_accelerator, prepare
-from clipkit.train.state import TrainState, restore
+from clipkit.train.state import LOGS, TrainState, restore
 from clipkit.types import ConfigError
 
 
@@ -41,6 +50,7 @@ def pretrain(
         torch.set_num_threads(config.run.threads)
     accelerator = make_accelerator(config.run.precision, config.run.deterministic)
     world = World.current()
+    check_data(config.run.evaluate)
     if dry_run:
         run = prepare(config, folder, accelerator)
         try:
@@ -49,6 +59,7 @@ def pretrain(
             run.stream.close()
     with run_lock(folder):
         store = CheckpointStore(folder / "checkpoints", world, keep=config.run.keep_checkpoints)
+        store.prepare()
         found = find_checkpoint(config, folder, store, resume)
         run = prepare(config, folder, accelerator, None if found is None else found.document("data"))
         try:
@@ -87,10 +98,11 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str
     budget = RejectBudget(run.config.data.max_reject_fraction, run.config.data.max_consecutive)
     state = TrainState() if found is None else restore(run, found, budget)
     if run.world.is_main:
+        if found is None:
+            # A run killed before its first checkpoint starts again, and so do its logs.
+            truncate_logs(run.folder, dict.fromkeys(LOGS, 0))
         write_config(run.folder, run.config.dump())
-    log = RunLog(
-        run.folder, total_steps=run.total_steps, is_main=run.world.is_main, start_step=state.step
-    )
+    log = RunLog(run.folder, total_steps=run.total_steps, is_main=run.world.is_main, start_step=state.step)
     try:
         for line in describe(run):
             log.note(line)
@@ -98,9 +110,14 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str
             log.note(f"warning: skipped checkpoint {path}: {reason}")
         if found is not None:
             log.note(f"continuing {found.path} at step {state.step} of {run.total_steps}")
+            if found.world_size != run.world.size:
+                log.note(
+                    f"{found.world_size} -> {run.world.size} process(es): same samples and order, "
+                    "losses equal up to floating-point order, dropout drawn anew"
+                )
         with StopSignals() as signals:
             loop = Loop(run, state, store, budget, log, signals)
-            loop.train(None if found is None else found.rank_tensors(run.world.rank))
+            loop.train(lambda: continue_rng(run, found))
         exported = export_final(run)
         log.note(f"done: {state.step} steps, {state.samples} samples; model in {exported}")
     finally:
@@ -113,6 +130,17 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str
         "metrics": loop.metrics,
         "export": str(exported),
     }
+
+
+def continue_rng(run: Run, found: Checkpoint | None) -> None:
+    """Restores this rank's random states, or derives them where the number of ranks has changed."""
+    if found is None:
+        return
+    states = found.rank_tensors(run.world.rank) if found.world_size == run.world.size else None
+    if states is None:
+        derive_rng(run.config.run.seed, found.step, run.world.rank)
+    else:
+        restore_rng(states)
 
 
 def export_final(run: Run) -> Path:

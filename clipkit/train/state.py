@@ -10,6 +10,7 @@ from clipkit.checkpoint import (
     Checkpoint,
     CheckpointStore,
     capture_rng,
+    load_module_tensors,
     load_optimizer_tensors,
     log_lengths,
     optimizer_tensors,
@@ -17,7 +18,6 @@ from clipkit.checkpoint import (
 )
 from clipkit.data.rejects import RejectBudget
 from clipkit.train.setup import Run
-from clipkit.types import ClipkitError
 
 LOGS = ("metrics.jsonl", "rejects.jsonl")
 
@@ -67,13 +67,7 @@ def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
     """
     trainer = found.document("trainer")
     run.stream.check_state(found.document("data"))
-    missing, unexpected = run.bare.load_state_dict(found.tensors("model"), strict=False)
-    if missing or unexpected:
-        names = ", ".join([*missing, *unexpected][:5])
-        raise ClipkitError(
-            f"{found.path} holds another model: {len(missing)} tensors missing, {len(unexpected)} unexpected ({names})",
-            "give this run its own run.dir, or start anew with --resume never",
-        )
+    load_module_tensors(run.bare, found.tensors("model"))
     load_optimizer_tensors(
         run.optimizer.optimizer, dict(run.bare.named_parameters()), found.tensors("optimizer")
     )

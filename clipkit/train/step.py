@@ -28,7 +28,9 @@ class StepResult:
     taken: bool
 
 
-def full_backward(learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float) -> dict[str, Tensor]:
+def full_backward(
+    learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float
+) -> dict[str, Tensor]:
     """Fills the gradients from one forward of the whole batch; returns the terms."""
     outputs = learner("full", **inputs_of(batch), extras=extras_of(batch), progress=progress)
     accelerator.backward(outputs["loss"])

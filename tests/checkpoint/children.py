@@ -91,7 +91,7 @@ def save(store: CheckpointStore, step: int, **changes: Any) -> Path:
 
 
 def assert_complete(store: CheckpointStore, steps: tuple[int, ...]) -> int:
-    """Asserts that the newest checkpoint is one of `steps` and holds exactly what was saved; returns its step."""
+    """Asserts that the newest checkpoint is of one of `steps` and as it was saved; returns its step."""
     found = store.newest()
     assert found is not None
     assert found.step in steps
@@ -109,3 +109,10 @@ def assert_complete(store: CheckpointStore, steps: tuple[int, ...]) -> int:
 def single(folder: Path, keep: int = 2) -> CheckpointStore:
     """Returns the store of a run of one process."""
     return CheckpointStore(folder, World(), keep)
+
+
+def flip_byte(path: Path) -> None:
+    """Changes one bit of a file, not its size."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)

@@ -7,15 +7,16 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from clipkit.checkpoint import CheckpointStore, CheckpointWriteError
+from clipkit.checkpoint import CheckpointWriteError
 from clipkit.checkpoint import manifest as manifest_files
 from clipkit.types import ClipkitError, ConfigError
-from tests.checkpoint.children import assert_complete, save, single
+from tests.checkpoint.children import assert_complete, flip_byte, save, single
 
 AWKWARD = {
     "bf16": torch.randn(3, 5).to(torch.bfloat16),
@@ -140,12 +141,6 @@ def test_after_a_rollback_the_lower_step_is_the_newest(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000150", "step-00000160"]
 
 
-def flip_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -188,14 +183,13 @@ def test_damage_is_passed_over_with_its_reason_and_refused_when_asked_for(tmp_pa
     harm(path / name)
     assert_complete(store, (1,))
     assert [entry.name for entry in store.skipped] == ["step-00000002"]
-    assert pytest.raises(ClipkitError, match=reason).__enter__ is not None
     with pytest.raises(ClipkitError, match=reason) as refused:
         store.open(path)
     assert (refused.value.exit_code, str(path) in refused.value.cause) == (1, True)
     assert "--resume auto" in refused.value.cure
     assert "\n" not in refused.value.cause
     harm(tmp_path / "step-00000001" / name)
-    with pytest.raises(ClipkitError, match="no checkpoint in .* is intact: .*step-00000002.*step-00000001"):
+    with pytest.raises(ClipkitError, match=r"no checkpoint in .* is intact: .*step-00000002.*step-00000001"):
         store.newest()
     # The run goes on: a new save of a damaged step takes its place.
     save(store, 2)
@@ -252,16 +246,14 @@ def test_too_little_free_space_is_refused_before_anything_is_written(
 ) -> None:
     store = single(tmp_path)
     save(store, 1)
-    usage = manifest_files.os.statvfs(tmp_path)
-    assert usage.f_bavail
-    size = sum(t.numel() * t.element_size() for t in [torch.empty(1000)])
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda _: type("Usage", (), {"free": int(size * 1.2) - 1, "total": 0, "used": 0})
-    )
+    state = {"model": {"w": torch.zeros(1000)}}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4799))
     with pytest.raises(CheckpointWriteError, match="MB are wanted"):
-        save(store, 2, tensors={"model": {"w": torch.empty(1000)}}, rank_tensors={})
+        save(store, 2, tensors=state, rank_tensors={})
     assert_complete(store, (1,))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4800))
+    save(store, 2, tensors=state, rank_tensors={})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -326,93 +318,3 @@ def test_everything_is_durable_before_the_rename(tmp_path: Path, monkeypatch: py
     save(single(tmp_path), 1)
     assert renamed == ["step-00000001"]
     assert synced[-1] == tmp_path.stat().st_ino
-
-
-# ---------------------------------------------------------------- several ranks
-
-
-def save_and_read(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    store = CheckpointStore(folder)
-    store.prepare()
-    path = save(store, 3)
-    found = store.newest()
-    assert found is not None
-    own = found.rank_tensors(rank)
-    assert own is not None
-    return {
-        "path": path.name,
-        "own": own["state"].tolist(),
-        "beyond": found.rank_tensors(world),
-        "files": sorted(file.name for file in path.iterdir()),
-    }
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_all_ranks_write_into_one_checkpoint(tmp_path: Path, run_ranks: Any, world: int) -> None:
-    results = run_ranks(world, save_and_read, tmp_path / "checkpoints")
-    assert [result["own"] for result in results] == [[3, rank] for rank in range(world)]
-    assert {result["path"] for result in results} == {"step-00000003"}
-    assert results[0]["beyond"] is None
-    assert {f"rng-rank{rank}.safetensors" for rank in range(world)} <= set(results[0]["files"])
-    found = single(tmp_path / "checkpoints").newest()
-    assert found is not None
-    assert found.world_size == world
-
-
-def fail_on(rank: int, world: int, folder: Path, failing: int) -> list[str]:
-    store = CheckpointStore(folder)
-    save(store, 1)
-    messages = []
-    write = manifest_files.write_tensors
-    if rank == failing:
-
-        def no_space(path: Path, tensors: Any) -> Any:
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-
-        manifest_files.write_tensors = no_space
-    try:
-        save(store, 2)
-    except CheckpointWriteError as error:
-        messages.append(error.cause)
-    manifest_files.write_tensors = write
-    kept = store.newest()
-    assert kept is not None
-    assert kept.step == 1
-    assert [p.name for p in folder.glob("*.tmp-*")] == []
-    save(store, 3)
-    newest = store.newest()
-    assert newest is not None
-    assert newest.step == 3
-    (newest.path / "model.safetensors").exists()
-    return messages
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_one_failing_rank_fails_the_save_on_all_alike(tmp_path: Path, run_ranks: Any, failing: int) -> None:
-    messages = run_ranks(2, fail_on, tmp_path / "checkpoints", failing)
-    assert messages[0] == messages[1]
-    assert f"(rank {failing}: OSError: [Errno 28] No space left on device)" in messages[0][0]
-
-
-def read_damaged(rank: int, world: int, folder: Path) -> tuple[str, int, str, str]:
-    store = CheckpointStore(folder)
-    found = store.newest()
-    assert found is not None
-    skipped = str(store.skipped)
-    causes = []
-    for path in (folder / "step-00000002", folder / "step-00000099"):
-        with pytest.raises(ClipkitError) as refused:
-            store.open(path)
-        causes.append(f"{refused.value.exit_code} {refused.value}")
-    return skipped, found.step, causes[0], causes[1]
-
-
-def test_all_ranks_agree_on_what_is_newest_and_what_is_refused(tmp_path: Path, run_ranks: Any) -> None:
-    store = single(tmp_path)
-    save(store, 1)
-    flip_byte(save(store, 2) / "model.safetensors")
-    first, second = run_ranks(2, read_damaged, tmp_path)
-    assert first == second
-    assert first[1] == 1
-    assert "model.safetensors was changed" in first[0]

@@ -134,6 +134,25 @@ def test_results_are_identical_for_every_number_of_ranks(
         assert len(ranks[0][1][0]) == -(-8 // size)  # 113 images are 8 batches of 16
 
 
+def _towers_on_rank(rank: int, size: int, folder: Path, model_cfg: dict[str, Any]) -> dict[str, Any]:
+    from clipkit.data.views import ImageView
+    from clipkit.models import Model, build
+
+    torch.manual_seed(0)
+    towers = build(model_cfg)
+    model = Model(towers, ImageView(size=towers.image_size, train=False), device="cpu", precision="bf16")
+    return retrieval(model, folder, batch_size=16, world=World(rank, size, rank))
+
+
+def test_real_towers_give_identical_results_on_two_ranks(
+    tmp_path: Path, run_ranks: Callable[..., list[Any]], tiny_model_cfg: dict[str, Any]
+) -> None:
+    folder = _folder(tmp_path)
+    alone = _towers_on_rank(0, 1, folder, tiny_model_cfg)
+    assert alone["protocol"]["precision"] == "bf16"
+    assert run_ranks(2, _towers_on_rank, folder, tiny_model_cfg) == [alone, alone]
+
+
 def _error_on_rank(rank: int, size: int, folder: Path) -> str:
     with pytest.raises(DataError) as caught:
         retrieval(Projection(), folder, batch_size=4, world=World(rank, size, rank))

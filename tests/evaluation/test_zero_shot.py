@@ -167,3 +167,8 @@ def test_progress_counts_images_and_texts(tmp_path: Path) -> None:
     folder = labelled_csv(tmp_path / "set", 20, NAMES)
     zero_shot(Projection(), folder, batch_size=8, progress=lambda *values: seen.append(values))
     assert seen == [("texts", 7, 7), ("images", 8, 20), ("images", 16, 20), ("images", 20, 20)]
+
+
+def test_a_single_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only one class"):
+        zero_shot(Projection(), labelled_csv(tmp_path / "set", 4, NAMES[:1]))

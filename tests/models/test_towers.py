@@ -37,7 +37,10 @@ IMAGE_TOWERS: dict[str, tuple[dict[str, Any], int]] = {
     "timm_vit": ({"timm_model_name": "test_vit", "image_size": 160}, 64),
     "timm_vit_mlp": ({"timm_model_name": "test_vit", "image_size": 160, "timm_proj": "mlp"}, 64),
     "timm_resnet": ({"timm_model_name": "test_resnet", "image_size": 64}, 96),
-    "timm_attention_pool": ({"timm_model_name": "test_efficientnet", "image_size": 160, "timm_pool": "abs_attn"}, 16),
+    "timm_attention_pool": (
+        {"timm_model_name": "test_efficientnet", "image_size": 160, "timm_pool": "abs_attn"},
+        16,
+    ),
     "timm_own_head": ({"timm_model_name": "test_vit", "image_size": 160, "timm_proj": None}, 16),
     "modified_resnet": ({"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}, 16),
 }
@@ -114,7 +117,9 @@ def test_trimming_is_exact_where_it_is_declared_and_refused_elsewhere(kind: str)
     length = trimmed_length(tokens, towers.text_trim, towers.context_length)
     assert length == 8
     with torch.no_grad():
-        torch.testing.assert_close(towers.text(tokens[:, :length])[1], towers.text(tokens)[1], rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            towers.text(tokens[:, :length])[1], towers.text(tokens)[1], rtol=0, atol=1e-14
+        )
 
 
 def test_the_self_check_catches_a_tower_that_wrongly_declares_trimming(monkeypatch: Any) -> None:

@@ -16,7 +16,7 @@ def values(shards: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "model": dict(TINY_MODEL),
         "objectives": [{"name": "clip"}],
         "data": {"train": str(shards), "batch_size": 12, "workers": 0},
-        "optim": {"lr": 1e-3, "warmup": 2},
+        "optim": {"lr": 1e-3, "warmup": 1},
         "run": {
             "dir": str(folder),
             "steps": 24,

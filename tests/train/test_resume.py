@@ -33,7 +33,9 @@ def kill_at(config: dict[str, Any], world: int, step: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 0)])
-def test_killed_runs_continue_bit_for_bit(tiny_shards: Path, tmp_path: Path, world: int, workers: int) -> None:
+def test_killed_runs_continue_bit_for_bit(
+    tiny_shards: Path, tmp_path: Path, world: int, workers: int
+) -> None:
     # Dropout on, so that random states matter; two kills, the second in the resumed run.
     common = {"data__workers": workers}
     straight = values(tiny_shards, tmp_path / "straight", **common)

@@ -28,6 +28,7 @@ from clipkit.data.glyphs.scenes import (
     is_unseen_company,
     is_unseen_pair,
     shapes_of,
+    with_article,
     word,
 )
 from clipkit.data.shards import (
@@ -276,7 +277,7 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     "zeroshot_count": _NUMBERS,
 }
 _TEMPLATES: dict[str, tuple[str, ...]] = {
-    "zeroshot_pictogram": tuple(f"a {colour} {{c}}" for colour in COLOURS),
+    "zeroshot_pictogram": tuple(f"{with_article(colour)} {{c}}" for colour in COLOURS),
     "zeroshot_colour": tuple(f"a {{c}} {shape}" for shape in SHAPES),
     "zeroshot_count": ("{c} glyphs", "{c} glyphs on a white background", "{c}"),
 }

@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw
 from clipkit.data.glyphs.faces import HELD_OUT_FACE, TRAIN_FACES, Draws, coverage, encode_png, glyph_mask
 
 PICTOGRAMS = {
-    "heart": "♥", "spade": "♠", "club": "♣", "diamond": "♦", "sun": "☀", "smiley": "☻", "note": "♪",
-    "house": "⌂", "triangle": "▲", "circle": "●", "square": "■", "umbrella": "☂", "airplane": "✈", "scissors": "✂",
-    "snowman": "☃", "cloud": "☁", "star": "★", "moon": "☽", "phone": "☎", "envelope": "✉", "pencil": "✏",
-    "anchor": "⚓", "flag": "⚑", "skull": "☠", "crown": "♛", "horse": "♞", "flower": "✿", "snowflake": "❄",
-    "cross": "✚", "check": "✔",
+    "heart": "♥", "spade": "♠", "club": "♣", "diamond": "♦", "sun": "☀", "smiley": "☻",
+    "note": "♪", "house": "⌂", "triangle": "▲", "circle": "●", "square": "■", "umbrella": "☂",
+    "airplane": "✈", "scissors": "✂", "snowman": "☃", "cloud": "☁", "star": "★", "moon": "☽",
+    "phone": "☎", "envelope": "✉", "pencil": "✏", "anchor": "⚓", "flag": "⚑", "skull": "☠",
+    "crown": "♛", "horse": "♞", "flower": "✿", "snowflake": "❄", "cross": "✚", "check": "✔",
 }  # fmt: skip
 # I and O are left out: they look like the digits 1 and 0.
 LETTERS = {f"letter {letter.lower()}": letter for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ"}
@@ -203,7 +203,7 @@ def word(scene: Scene, wording: int, draws: Draws) -> str:
     told = (
         draws.below(4) == 0 and scene.background != HELD_OUT_BACKGROUND
     )  # its name is no trained word either
-    ground = f" on {_article(scene.background)} background" if told else ""
+    ground = f" on {with_article(scene.background)} background" if told else ""
     if len(names) == 1:
         return _word_one(scene, names[0], wording, draws) + ground
     body = _word_two(scene, names, wording) if len(names) == 2 else _word_three(scene, names, wording)
@@ -212,10 +212,10 @@ def word(scene: Scene, wording: int, draws: Draws) -> str:
 
 def _word_one(scene: Scene, name: str, wording: int, draws: Draws) -> str:
     start = (
-        _article(name),
-        _article(name),
+        with_article(name),
+        with_article(name),
         f"one {name}",
-        f"a picture of {_article(name)}",
+        f"a picture of {with_article(name)}",
         name,
         f"one {name}",
     )
@@ -229,14 +229,14 @@ def _word_two(scene: Scene, names: list[str], wording: int) -> str:
     before, after = _OPPOSITE[scene.arrangement]
     start, end = _ENDS[scene.arrangement]
     return (
-        f"{_article(first)} {before} {_article(second)}",
-        f"{_article(second)} {after} {_article(first)}",
-        f"{_article(first)} is {before} {_article(second)}",
-        f"{_article(second)} is {after} {_article(first)}",
+        f"{with_article(first)} {before} {with_article(second)}",
+        f"{with_article(second)} {after} {with_article(first)}",
+        f"{with_article(first)} is {before} {with_article(second)}",
+        f"{with_article(second)} is {after} {with_article(first)}",
         f"two glyphs: {first} {before} {second}",
         f"two glyphs: {second} {after} {first}",
-        f"{_article(first)} at the {start} and {_article(second)} at the {end}",
-        f"{_article(second)} at the {end} and {_article(first)} at the {start}",
+        f"{with_article(first)} at the {start} and {with_article(second)} at the {end}",
+        f"{with_article(second)} at the {end} and {with_article(first)} at the {start}",
     )[wording]
 
 
@@ -246,10 +246,10 @@ def _word_three(scene: Scene, names: list[str], wording: int) -> str:
     return (
         f"from {start} to {end}: {first}, {middle}, {last}",
         f"from {end} to {start}: {last}, {middle}, {first}",
-        f"{_article(first)}, {_article(middle)} and {_article(last)} from {start} to {end}",
-        f"{_article(last)}, {_article(middle)} and {_article(first)} from {end} to {start}",
+        f"{with_article(first)}, {with_article(middle)} and {with_article(last)} from {start} to {end}",
+        f"{with_article(last)}, {with_article(middle)} and {with_article(first)} from {end} to {start}",
         f"three glyphs: {first}, {middle}, {last} from {start} to {end}",
-        f"{_article(middle)} with {_article(first)} at the {start} and {_article(last)} at the {end}",
+        f"{with_article(middle)} with {with_article(first)} at the {start} and {with_article(last)} at the {end}",
     )[wording]
 
 
@@ -258,7 +258,8 @@ def _name(glyph: Glyph, with_size: bool) -> str:
     return f"{size}{glyph.colour} {glyph.shape}"
 
 
-def _article(name: str) -> str:
+def with_article(name: str) -> str:
+    """Returns the name with "a" or "an" before it."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 

@@ -1,0 +1,121 @@
+"""Small shards, a tokenizer and streams for the tests of this folder."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipkit.data.loader import LoaderOptions, Source, TrainStream, open_train
+from clipkit.data.text import TextView
+from clipkit.data.views import ImageView
+from clipkit.dist import World
+from clipkit.types import Batch
+
+Members = list[tuple[str, bytes]]
+
+
+def png(number: int, size: int = 8) -> bytes:
+    """A PNG of noise that differs from number to number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3)).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def good(number: int) -> Members:
+    """The members of a whole sample."""
+    return [(f"{number:06d}.png", png(number)), (f"{number:06d}.txt", f"caption {number}".encode())]
+
+
+def write_tar(path: Path, samples: Iterable[Members], mode: str = "w") -> Path:
+    """Writes samples (lists of name and bytes) into one tar."""
+    with tarfile.open(path, mode) as tar:
+        for members in samples:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path, counts: Sequence[int], changed: dict[int, Members] | None = None) -> Path:
+    """Writes one tar per count; sample ids run on; `changed` replaces the members of some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 0
+    for shard, count in enumerate(counts):
+        numbers = range(first, first + count)
+        write_tar(folder / f"{shard:05d}.tar", ((changed or {}).get(n) or good(n) for n in numbers))
+        first += count
+    return folder
+
+
+class ByteTokenizer:
+    """Bytes as ids, then the largest id 300, then zeros."""
+
+    def __init__(self, context_length: int = 24) -> None:
+        self.context_length = context_length
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, text in enumerate(captions):
+            ids = [*text.encode()[: self.context_length - 1], 300]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+class NoisyView(ImageView):
+    """A view that draws from all three global generators; stands for any third-party augmentation."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = super().__call__(image).clone()
+        pixels[0, 0, 0] = random.randrange(256)
+        pixels[0, 0, 1] = int(np.random.randint(256))
+        return pixels
+
+
+def stream(
+    shards: Path | str | Sequence[str],
+    batch_size: int,
+    world: World | None = None,
+    saved: Any = None,
+    **options: Any,
+) -> TrainStream:
+    """Opens a stream of 8 x 8 images and captions."""
+    spec = str(shards) if isinstance(shards, Path) else shards if isinstance(shards, str) else tuple(shards)
+    settings: dict[str, Any] = {"seed": 5, **options}
+    return open_train(
+        LoaderOptions(Source(spec), batch_size, **settings),
+        [NoisyView(size=(8, 8), scale=(0.3, 1.0))],
+        [TextView(tokenizer=ByteTokenizer(), context_length=24, trim="argmax")],
+        world or World(),
+        saved=saved,
+    )
+
+
+def take(opened: TrainStream, start: int, stop: int) -> list[Batch]:
+    """The batches start..stop, workers ended afterwards."""
+    batches = list(opened.batches(start, stop))
+    opened.close()
+    return batches
+
+
+def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
+    """Whether two runs of batches are equal in every tensor, key and reject."""
+    return len(left) == len(right) and all(
+        a.keys == b.keys
+        and a.rejects == b.rejects
+        and torch.equal(a.ids, b.ids)
+        and torch.equal(a.slots, b.slots)
+        and all(torch.equal(a.images[name], b.images[name]) for name in a.images)
+        and all(torch.equal(a.texts[name], b.texts[name]) for name in a.texts)
+        for a, b in zip(left, right, strict=True)
+    )

@@ -1,0 +1,32 @@
+"""Every example runs, and does what its first line says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_the_python_names_train_a_model_that_reads_an_unseen_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module("python_api").main(tmp_path) == "blue over white over red"
+    assert capsys.readouterr().out.count(" over ") == 12
+
+
+def test_examples_stay_short() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        assert path.read_text().count("\n") <= 100, path

@@ -1,0 +1,213 @@
+"""What a user meets around the loop: refusals, rejects, signals, evaluation, the dry run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipkit.config import make_config
+from clipkit.evaluation import retrieval
+from clipkit.export import load
+from clipkit.train import pretrain
+from clipkit.types import ClipkitError, ConfigError, DataError
+from tests.conftest import Ranks
+from tests.train.runs import trace, train, values, weights
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def spoil(shards: Path, folder: Path, keys: set[str]) -> Path:
+    """Copies shards, with the images of `keys` replaced by bytes that are no image."""
+    folder.mkdir()
+    for path in sorted(shards.glob("*.tar")):
+        with tarfile.open(path) as source, tarfile.open(folder / path.name, "w") as target:
+            for member in source:
+                stream = source.extractfile(member)
+                assert stream is not None
+                content = stream.read()
+                stem, extension = member.name.split(".")
+                if stem in keys and extension == "png":
+                    content = b"\x89PNG\r\n\x1a\n" + b"spoiled" * 9
+                member.size = len(content)
+                target.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def test_a_dry_run_reports_costs_and_writes_nothing(tiny_shards: Path, tmp_path: Path) -> None:
+    report = pretrain(values(tiny_shards, tmp_path / "run", run__weight_ema=True), dry_run=True)
+    assert not (tmp_path / "run").exists()
+    assert report["steps"] == 24
+    assert report["samples_per_epoch"] == 96
+    assert report["samples_per_s"] > 0
+    assert report["seconds_left"] == pytest.approx(24 * 12 / report["samples_per_s"])
+    # Weights, averaged weights and two moments of each, in fp32.
+    assert report["checkpoint_bytes"] == pytest.approx(4 * 4 * report["parameters"], rel=0.05)
+    assert report["world_sizes"] == [1, 2, 3, 4, 6, 12]
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(tiny_shards: Path, tmp_path: Path) -> None:
+    pretrain(values(tiny_shards, tmp_path / "run", run__steps=4))
+    with pytest.raises(ConfigError, match=r"optim\.lr.*run\.seed") as caught:
+        pretrain(values(tiny_shards, tmp_path / "run", run__steps=4, optim__lr=0.5, run__seed=9))
+    assert "run.dir" in caught.value.cure
+    with pytest.raises(ConfigError, match="already holds a checkpoint"):
+        pretrain(values(tiny_shards, tmp_path / "run", run__steps=4), resume="never")
+
+
+def test_values_that_do_not_change_the_result_may_change(tiny_shards: Path, tmp_path: Path) -> None:
+    pretrain(values(tiny_shards, tmp_path / "run", run__steps=4))
+    report = pretrain(values(tiny_shards, tmp_path / "run", run__steps=4, data__workers=1, run__log_every=3))
+    assert report["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__precision": "fp16"}, "silently train in fp32"),
+        ({"run__world_size": 2}, "asks for 2 processes, 1 are running"),
+        ({"data__train": "/no/such/folder/{000..003}.tar"}, "/no/such/folder"),
+        ({"data__batch_size": 97}, "97"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    tiny_shards: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ClipkitError, match=message) as caught:
+        pretrain(values(tiny_shards, tmp_path / "run", **changes))
+    assert caught.value.exit_code in (2, 3)
+    assert caught.value.cure
+
+
+def test_non_finite_losses_stop_the_run_before_weights_change(tiny_shards: Path, tmp_path: Path) -> None:
+    config = values(tiny_shards, tmp_path / "run", optim__lr=1e30, run__checkpoint_every=1)
+    with pytest.raises(ClipkitError, match=r"not finite at step \d+ \(samples \d{6}"):
+        pretrain(config)
+    # What was saved before is still a finite model.
+    assert load(tmp_path / "run").logit_scale > 0
+
+
+def test_bad_samples_are_replaced_counted_and_named(tiny_shards: Path, tmp_path: Path) -> None:
+    bad = {"000007", "000050"}
+    shards = spoil(tiny_shards, tmp_path / "shards", bad)
+    config = values(shards, tmp_path / "run", run__steps=8, data__max_reject_fraction=0.05)
+    assert pretrain(config)["samples"] == 96
+    named = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert {reject["key"] for reject in named} == bad
+    assert len(named) == 2, "one epoch meets each bad sample once"
+    assert all(reject["reason"] and reject["substitute"] not in bad for reject in named)
+
+
+def test_too_many_bad_samples_stop_the_run(tiny_shards: Path, tmp_path: Path) -> None:
+    shards = spoil(tiny_shards, tmp_path / "shards", {f"{number:06d}" for number in range(0, 96, 8)})
+    with pytest.raises(DataError, match="12") as caught:
+        pretrain(values(shards, tmp_path / "run"))
+    assert caught.value.exit_code == 3
+    assert (tmp_path / "run" / "rejects.jsonl").read_text().count("\n") == 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_run_continues(
+    tiny_shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    straight = values(tiny_shards, tmp_path / "straight", run__checkpoint_every=100)
+    broken = values(tiny_shards, tmp_path / "broken", run__checkpoint_every=100)
+    Ranks(1, train, straight).values()
+    ranks = Ranks(1, train, broken)
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(ranks.processes[0].pid or 0, number)
+    ((good, story),) = ranks.outcomes()
+    assert not good
+    assert f"stopped by {number.name} after step" in story
+    Ranks(1, train, broken).values()
+    assert trace(tmp_path / "broken") == trace(tmp_path / "straight")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
+
+
+@pytest.fixture
+def captions(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A captions.csv with its images, taken from the shards."""
+    folder = tmp_path / "captions"
+    (folder / "images").mkdir(parents=True)
+    rows = ["filepath,caption"]
+    for path in sorted(tiny_shards.glob("*.tar"))[:2]:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                assert stream is not None
+                if member.name.endswith(".png"):
+                    (folder / "images" / member.name).write_bytes(stream.read())
+                else:
+                    text = stream.read().decode()
+                    rows.append(f'images/{member.name.replace(".txt", ".png")},"{text}"')
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_while_training_equals_the_command_afterwards(
+    tiny_shards: Path, tmp_path: Path, captions: Path, world: int
+) -> None:
+    config = values(
+        tiny_shards,
+        tmp_path / "run",
+        run__steps=6,
+        run__weight_ema=True,
+        run__evaluate_every=3,
+        run__evaluate=[{"task": "retrieval", "data": str(captions), "name": "squares"}],
+    )
+    Ranks(world, train, config).values()
+    found = [record for record in records(tmp_path / "run") if record.get("event") == "evaluation"]
+    assert [record["step"] for record in found] == [3, 6]
+    for label, which in (("squares", "raw"), ("squares@ema", "ema")):
+        again = retrieval(load(tmp_path / "run", weights=which), captions)
+        assert found[-1]["results"][label] == again["metrics"]
+    # The export holds the averaged weights.
+    exported = retrieval(load(tmp_path / "run" / "export"), captions)
+    assert exported["metrics"] == found[-1]["results"]["squares@ema"]
+
+
+def test_evaluation_does_not_change_the_training(tiny_shards: Path, tmp_path: Path, captions: Path) -> None:
+    evaluated = [{"task": "retrieval", "data": str(captions)}]
+    for name, changes in (("with", {"run__evaluate_every": 2, "run__evaluate": evaluated}), ("without", {})):
+        Ranks(1, train, values(tiny_shards, tmp_path / name, run__steps=8, **changes)).values()
+    assert trace(tmp_path / "with") == trace(tmp_path / "without")
+
+
+def test_frozen_trunk_stays_and_projection_trains(tiny_shards: Path, tmp_path: Path) -> None:
+    first = pretrain(values(tiny_shards, tmp_path / "first", run__steps=2, run__weight_ema=False))
+    config = values(tiny_shards, tmp_path / "run", run__steps=3, run__weight_ema=False)
+    config["model"]["image"] = {"init": first["export"], "freeze": "trunk"}
+    before = dict(load(first["export"]).towers.clip.visual.named_parameters())
+    after = dict(load(pretrain(config)["export"]).towers.clip.visual.named_parameters())
+    changed = {name for name in before if not bool((before[name] == after[name]).all())}
+    assert changed <= {"proj"}
+
+
+def test_missing_run_directory_of_a_finished_export_is_rebuilt(tiny_shards: Path, tmp_path: Path) -> None:
+    config = values(tiny_shards, tmp_path / "run", run__steps=3)
+    pretrain(config)
+    kept = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    pretrain(config)
+    assert weights(tmp_path / "run") == kept
+
+
+def test_config_objects_and_dicts_mean_the_same(tiny_shards: Path, tmp_path: Path) -> None:
+    given = values(tiny_shards, tmp_path / "a", run__steps=2)
+    pretrain(make_config(given))
+    assert len(records(tmp_path / "a")) == 2
