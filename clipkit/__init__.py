@@ -12,12 +12,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipkit.config import Config
-    from clipkit.evaluation import retrieval, zero_shot
-    from clipkit.export import export, load
-    from clipkit.objectives import OBJECTIVES, Objective
+    from clipkit.config import Config as Config
+    from clipkit.evaluation.retrieval import retrieval as retrieval
+    from clipkit.evaluation.zero_shot import zero_shot as zero_shot
+    from clipkit.export.load import export as export
+    from clipkit.export.load import load as load
+    from clipkit.objectives import OBJECTIVES as OBJECTIVES
+    from clipkit.objectives import Objective as Objective
     from clipkit.train.pretrain import pretrain as pretrain
-    from clipkit.types import Batch, Embeddings
+    from clipkit.types import Batch as Batch
+    from clipkit.types import Embeddings as Embeddings
 
 _HOMES = {
     "load": "clipkit.export",

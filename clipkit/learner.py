@@ -5,7 +5,7 @@ Nothing else is called on the wrapped module while training, so DDP, FSDP and au
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,12 @@ class Learner(nn.Module):
         score      embeddings, extras, progress    -> as full, from embeddings alone
         surrogate  images, texts, cotangents       -> {"loss"}: sum of embedding x cotangent
         """
-        modes = {"full": self._full, "embed": self._embed, "score": self._score, "surrogate": self._surrogate}
+        modes: dict[str, Callable[..., Tensors]] = {
+            "full": self._full,
+            "embed": self._embed,
+            "score": self._score,
+            "surrogate": self._surrogate,
+        }
         return modes[mode](**inputs)
 
     def _full(self, images: Tensors, texts: Tensors, extras: dict[str, Tensors], progress: float) -> Tensors:

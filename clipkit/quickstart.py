@@ -9,7 +9,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -60,25 +60,31 @@ def preset(name: str) -> Path:
 
 
 def run(
-    directory: str | Path, gate: bool = False, corpus: str = "scenes", overrides: list[str] | None = None
+    directory: str | Path,
+    gate: bool = False,
+    corpus: str = "scenes",
+    *,
+    overrides: Sequence[str] = (),
+    drawing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs the whole loop inside `directory`, prints its table and returns it.
 
-    Returns {"rows", "seconds", "peak_memory_bytes", "export"}; also written to quickstart.json. With `gate`,
-    raises GateError when a row is below its recorded floor. A second call continues where the first stopped.
+    Returns {"rows", "seconds", "peak_memory_bytes", "export", "reload"}; also written to quickstart.json.
+    With `gate`, raises GateError when a row is below its recorded floor. A second call continues where the
+    first one stopped. overrides: `key=value` for the configuration; drawing: options of the corpus.
     """
     directory, plan = Path(directory), CORPORA[corpus]
     began = time.perf_counter()
     print(f"1/4 drawing {corpus} from the DejaVu fonts (made data)", flush=True)
     corpus_dir = directory / "data"
-    sets = plan.draw(corpus_dir, progress=None)
+    sets = plan.draw(corpus_dir, **(drawing or {}))
     print("2/4 pretraining", flush=True)
     # Here, not above: `clipkit quickstart --help` must not wait for torch.
     from clipkit.export import load, verify
     from clipkit.train import pretrain
 
     settings = [f"data.train={json.dumps(str(corpus_dir / sets['train_path']))}"]
-    settings += [f"run.dir={json.dumps(str(directory / 'run'))}", *(overrides or [])]
+    settings += [f"run.dir={json.dumps(str(directory / 'run'))}", *overrides]
     trained = pretrain(load_config(preset(plan.config), settings))
     print("3/4 evaluating on held-out data", flush=True)
     model = load(trained["export"])

@@ -111,7 +111,7 @@ def ensembled_classes(prompts: Sequence[Sequence[Sequence[float]]]) -> list[list
 # Losses: double loops over pairs, in float64.
 
 
-def slow_clip_loss(image: Any, text: Any, scale: float) -> float:
+def slow_clip_loss(image: Tensor, text: Tensor, scale: float) -> float:
     """Returns the symmetric InfoNCE of N pairs, one anchor at a time."""
     count, total = len(image), 0.0
     for anchors, candidates in ((image, text), (text, image)):
@@ -121,7 +121,7 @@ def slow_clip_loss(image: Any, text: Any, scale: float) -> float:
     return total / (2 * count)
 
 
-def slow_sigmoid_loss(image: Any, text: Any, scale: float, bias: float) -> float:
+def slow_sigmoid_loss(image: Tensor, text: Tensor, scale: float, bias: float) -> float:
     """Returns the pairwise sigmoid loss of N pairs, one pair at a time."""
     total = 0.0
     for row in range(len(image)):

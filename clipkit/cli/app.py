@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -79,6 +80,8 @@ def _report(error: Exception) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `arguments` default to those of the process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Read when torch loads: its C++ side warns once per rank about find_unused_parameters, which is meant.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with_traceback = "--traceback" in given
     given = [argument for argument in given if argument != "--traceback"]
     try:

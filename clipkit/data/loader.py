@@ -159,6 +159,10 @@ class TrainStream:
                 end_workers()
 
     def _workers(self, steps: _Steps) -> Iterator[SubBatch | _Failure]:
+        context = multiprocessing.get_context(self._options.start_method)
+        if context.get_start_method() == "forkserver":
+            # Imported once in the server instead of once per worker; no effect on a server that runs already.
+            context.set_forkserver_preload(["__main__", "clipkit.data.window"])
         with warnings.catch_warnings():
             # torch counts processors and warns; the number of workers was chosen by the user.
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -169,7 +173,7 @@ class TrainStream:
                 collate_fn=_unchanged,
                 worker_init_fn=_prepare_worker,
                 prefetch_factor=self._options.prefetch,
-                multiprocessing_context=self._options.start_method,
+                multiprocessing_context=context,
                 # Without a generator of its own, iter() draws from the default one: the model's.
                 generator=torch.Generator(),
             )

@@ -50,11 +50,15 @@ def mix(key: int, counters: NDArray[Any]) -> Keys:
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014), Stafford's mix 13.
     """
-    z = np.asarray(counters).astype(np.uint64) * _GOLDEN + np.array([key], dtype=np.uint64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Keys = z ^ (z >> np.uint64(31))
-    return mixed
+    z: Keys = np.asarray(counters).astype(np.uint64)
+    z *= _GOLDEN
+    z += np.array(key, dtype=np.uint64)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def permutation(count: int, key: int) -> Ids:
@@ -118,13 +122,19 @@ class Order:
         """Samples of a lane in an epoch."""
         return self.steps_per_epoch * self.quota
 
+    @cached_property
+    def num_chunks(self) -> int:
+        return int((-(-self.counts // self.chunk_size)).sum())
+
     def chunk_starts(self) -> Ids:
         """Returns the id of the first sample of every chunk, (chunks,); not kept, it can be large."""
         per_shard = -(-self.counts // self.chunk_size)
         first_id = np.cumsum(self.counts) - self.counts
         first_chunk = np.cumsum(per_shard) - per_shard
-        within = np.arange(int(per_shard.sum())) - np.repeat(first_chunk, per_shard)
-        return np.repeat(first_id, per_shard) + within * self.chunk_size
+        starts: Ids = np.arange(self.num_chunks)
+        starts *= self.chunk_size
+        starts += np.repeat(first_id - first_chunk * self.chunk_size, per_shard)
+        return starts
 
     def left_out(self, epoch: int) -> tuple[tuple[int, int], ...]:
         """Returns the ranges of ids [begin, end) that this epoch leaves out, ascending; N mod B in all."""
@@ -149,16 +159,18 @@ class EpochOrder:
         self.order = order
         self.number = epoch
         self._holes = order.left_out(epoch)
+        # Before the other arrays exist: for hundreds of millions of samples this is the peak of memory.
+        chunks = permutation(order.num_chunks, hash_key(order.seed, epoch, "chunks"))
         starts = order.chunk_starts()
-        ends = np.append(starts[1:], order.num_samples)
-        sizes = ends - starts
-        for begin, end in self._holes:
-            cut = slice(
-                int(np.searchsorted(starts, begin, side="right")) - 1, int(np.searchsorted(starts, end))
-            )
-            sizes[cut] -= np.minimum(ends[cut], end) - np.maximum(starts[cut], begin)
-        chunks = permutation(len(starts), hash_key(order.seed, epoch, "chunks"))
-        bounds = np.concatenate([[0], np.cumsum(sizes[chunks])])
+        sizes = np.diff(starts, append=order.num_samples).astype(np.int32)
+        # Last hole first: one chunk can hold both, and the ends of chunks are taken from the reduced sizes.
+        for begin, end in reversed(self._holes):
+            first = int(np.searchsorted(starts, begin, side="right")) - 1
+            last = int(np.searchsorted(starts, end))
+            held = np.minimum(starts[first:last] + sizes[first:last], end)
+            sizes[first:last] -= (held - np.maximum(starts[first:last], begin)).astype(np.int32)
+        bounds = np.zeros(len(chunks) + 1, dtype=np.int64)
+        np.cumsum(sizes[chunks], out=bounds[1:])
         low = int(np.searchsorted(bounds, lanes[0] * order.lane_length, side="right")) - 1
         high = int(np.searchsorted(bounds, lanes[1] * order.lane_length, side="left"))
         self._starts = starts[chunks[low:high]]

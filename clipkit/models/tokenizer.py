@@ -57,13 +57,18 @@ class BytePairTokenizer:
         self.pad_id = 0
         self.end_id: int | None = SIMPLE_END
         self._options = json.dumps(options, sort_keys=True)
+        if "reduction_mask" in options:
+            raise ConfigError(
+                "text_cfg.tokenizer_kwargs.reduction_mask draws tokens at random, in evaluation as well",
+                "remove it: long captions are cut at the context length",
+            )
         try:
             # Not kept as an attribute: copies and pickles stay small, and each process builds it once.
             _simple_tokenizer(self._options)
         except (TypeError, AssertionError) as error:
             raise ConfigError(
                 f"text_cfg.tokenizer_kwargs {options} is not accepted: {error}",
-                "known: clean (lower, whitespace, canonicalize), reduction_mask",
+                "known: clean (lower, whitespace or canonicalize)",
             ) from error
 
     def __call__(self, captions: list[str]) -> Tensor:

@@ -13,6 +13,7 @@ from clipkit.config import EvaluateConfig
 from clipkit.data.views import ImageView
 from clipkit.evaluation import UnusableEmbeddings, retrieval, zero_shot
 from clipkit.evaluation.datasets import open_classification, open_retrieval
+from clipkit.models.checks import trimmed_length
 from clipkit.train.setup import Run
 
 
@@ -26,7 +27,7 @@ class TrainingEncoder:
         self._run, self._weights = run, weights
         self._towers = run.bare.towers
         self.image_size = self._towers.image_size
-        self.preprocess = ImageView(size=self.image_size, train=False)
+        self.preprocess = ImageView.from_preprocess(self._towers.preprocess_cfg, train=False)
         self.precision = run.config.run.precision
         self.name = f"{run.folder.name}@{weights}"
 
@@ -51,6 +52,9 @@ class TrainingEncoder:
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Returns joint embeddings (B, D) of token ids (B, T)."""
+        trim = self._towers.text_trim
+        if trim is not None:
+            tokens = tokens[:, : trimmed_length(tokens, trim, tokens.shape[1])]
         return self._embed({}, {"text": tokens.to(self._run.accelerator.device)})
 
 

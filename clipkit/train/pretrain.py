@@ -102,6 +102,7 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str
             # A run killed before its first checkpoint starts again, and so do its logs.
             truncate_logs(run.folder, dict.fromkeys(LOGS, 0))
         write_config(run.folder, run.config.dump())
+        run.bare.towers.tokenizer.save(run.folder / "tokenizer")
     log = RunLog(run.folder, total_steps=run.total_steps, is_main=run.world.is_main, start_step=state.step)
     try:
         for line in describe(run):

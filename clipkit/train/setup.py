@@ -140,7 +140,7 @@ def open_stream(config: Config, towers: Towers, world: World, saved: dict[str, A
     )
     text = TextView(tokenizer=towers.tokenizer, context_length=towers.context_length, trim=towers.text_trim)
 
-    image = ImageView(size=towers.image_size, scale=data.crop_scale or (0.5, 1.0))
+    image = ImageView.from_preprocess(towers.preprocess_cfg, scale=data.crop_scale)
     return open_train(options, [image], [text], world, saved=saved)
 
 

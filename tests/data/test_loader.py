@@ -122,7 +122,7 @@ def test_workers_change_nothing(uneven: Path, workers: int, batch_size: int, lan
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_step_can_be_the_first(uneven: Path, workers: int) -> None:
-    """A stream that starts anywhere continues as if it had never stopped, across epochs and for other worlds."""
+    """A stream that starts anywhere continues as if it had never stopped, across epochs and worlds."""
     whole = take(stream(uneven, 14), 0, 20)
     for start in (1, 7, 8, 9, 15, 19):
         assert same(take(stream(uneven, 14, workers=workers), start, 20), whole[start:])

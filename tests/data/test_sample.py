@@ -128,7 +128,7 @@ def test_pixels_are_limited_before_decoding(monkeypatch: pytest.MonkeyPatch) -> 
         data += flat_png(side, 1)[33:]
         with pytest.raises(Unusable, match="too many pixels"):
             decode_image(data)
-    assert Image.MAX_IMAGE_PIXELS == limit
+    assert limit == Image.MAX_IMAGE_PIXELS
     with pytest.raises(Unusable, match="too many pixels"):
         decode_image(flat_png(100, 100), max_pixels=9_999)
     with pytest.raises(Unusable, match="extreme aspect ratio"):

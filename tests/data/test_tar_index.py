@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -330,6 +332,11 @@ def test_processes_share_the_walk(tmp_path: Path) -> None:
     )
     assert index.num_samples == 16
     assert seen == [(done, 8) for done in range(1, 9)]
+
+
+def test_indexing_loads_no_torch() -> None:
+    program = "import sys, clipkit.data.tar_index; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_expanding_specifications(tmp_path: Path) -> None:

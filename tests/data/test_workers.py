@@ -20,11 +20,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"), [50, 30])
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_start_methods_build_the_same(shards: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "workers"), [("spawn", 1), ("forkserver", 2)])
+def test_start_methods_build_the_same(shards: Path, method: str, workers: int) -> None:
     """Everything that goes to a worker pickles."""
     reference = take(stream(shards, 8), 3, 13)
-    assert same(take(stream(shards, 8, workers=2, start_method=method), 3, 13), reference)
+    assert same(take(stream(shards, 8, workers=workers, start_method=method), 3, 13), reference)
 
 
 def children() -> list[int]:

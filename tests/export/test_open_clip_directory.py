@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clipkit.data import ImageView
-from clipkit.export import load_open_clip, location_note, save_open_clip, verify
+from clipkit.export import load_open_clip, location_note, reload, save_open_clip, verify
 from clipkit.export.open_clip import CAPTIONS
 from clipkit.models import Towers, build
 from clipkit.types import ClipkitError, ConfigError
@@ -89,6 +90,21 @@ def test_verify_runs_in_a_fresh_process_and_finds_no_difference(tmp_path: Path) 
     assert found["note"] == ""
 
 
+@pytest.fixture
+def same_process(monkeypatch: Any) -> None:
+    """Runs the other side of `verify` here: one fresh process in this file is enough, each costs 10 s."""
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        try:
+            reload.main(*command[3:])
+        except (OSError, RuntimeError, ValueError) as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sys.modules["clipkit.export.open_clip"].subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("same_process")
 def test_verify_refuses_a_directory_that_differs(tmp_path: Path) -> None:
     towers = trained("siglip", tmp_path)
     out = save_open_clip(towers, tmp_path / "out")
@@ -100,12 +116,13 @@ def test_verify_refuses_a_directory_that_differs(tmp_path: Path) -> None:
         verify(out, towers)
 
 
+@pytest.mark.usefixtures("same_process")
 def test_a_transformers_text_tower_moves_with_clipkit_and_says_where_open_clip_finds_it(
     tmp_path: Path,
 ) -> None:
     towers = trained("roberta", tmp_path)
     out = save_open_clip(towers, tmp_path / "out")
-    note = location_note(out)
+    note = verify(out, towers)["note"]
     assert str(out / "hf_text") in note
     moved = tmp_path / "elsewhere" / "model"
     moved.parent.mkdir()

@@ -62,18 +62,19 @@ def test_byte_pairs_are_those_of_open_clip() -> None:
     assert torch.equal(
         build_tokenizer(clean, None)(CAPTIONS), open_clip.SimpleTokenizer(clean="canonicalize")(CAPTIONS, 16)
     )
-    with pytest.raises(ConfigError, match="tokenizer_kwargs"):
-        build_tokenizer({"tokenizer_kwargs": {"clean": "no"}}, None)
+    for options in ({"clean": "no"}, {"reduction_mask": "random"}, {"lower": True}):
+        with pytest.raises(ConfigError, match="tokenizer_kwargs"):
+            build_tokenizer({"tokenizer_kwargs": options}, None)
 
 
-@pytest.mark.parametrize("kind", ["byte_pair", "huggingface"])
-def test_tokenizers_reach_spawned_workers(tmp_path: Path, kind: str) -> None:
-    source = local_tokenizer(tmp_path) if kind == "huggingface" else None
-    tokenizer = build_tokenizer({"context_length": 12}, source)
-    assert tokenizer.describe()["kind"] == kind
-    assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(CAPTIONS), tokenizer(CAPTIONS))
+def test_tokenizers_reach_spawned_workers(tmp_path: Path) -> None:
+    sources = {"byte_pair": None, "huggingface": local_tokenizer(tmp_path)}
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(encode, (tokenizer, CAPTIONS)) == tokenizer(CAPTIONS).tolist()
+        for kind, source in sources.items():
+            tokenizer = build_tokenizer({"context_length": 12}, source)
+            assert tokenizer.describe()["kind"] == kind
+            assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(CAPTIONS), tokenizer(CAPTIONS))
+            assert pool.apply(encode, (tokenizer, CAPTIONS)) == tokenizer(CAPTIONS).tolist()
 
 
 def test_the_memory_of_words_is_bounded_and_changes_nothing(monkeypatch: Any) -> None:

@@ -14,12 +14,15 @@ from typing import Any
 from clipkit.data.glyphs.faces import HELD_OUT_FACE, Draws
 from clipkit.data.glyphs.scenes import (
     COLOURS,
+    COUNTS,
     HELD_OUT_BACKGROUND,
     NUM_WORDINGS,
     PICTOGRAMS,
     SHAPES,
+    TRAIN_BACKGROUNDS,
     Scene,
     captions,
+    count_caption,
     draw_png,
     draw_scene,
     has_unseen_company,
@@ -44,8 +47,8 @@ from clipkit.types import ConfigError, DataError
 
 VERSION = 1  # of the drawing: raise it whenever the same seed would give other bytes
 CAPTIONS_PER_SCENE = 4
+COUNT_CAPTION_EVERY = 24  # one sample in so many is trained on its number of glyphs alone
 SAMPLES_PER_SHARD = 2_000
-_NUMBERS = ("one", "two", "three")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def scene_part(seed: int, size: int, start: int, stop: int) -> Iterator[Sample]:
 
 
 def train_scene(seed: int, number: int, size: int) -> Sample:
-    """Returns training sample `number`: `txt` is one paraphrase, `json` holds all of them and what is
+    """Returns training sample `number`: `txt` is one caption, `json` holds all of them and what is
     drawn.
     """
     draws = Draws("train", seed, number)
@@ -79,7 +82,10 @@ def train_scene(seed: int, number: int, size: int) -> Sample:
         "face": scene.face,
     }
     image = draw_png(scene, draws, size)
-    return Sample(f"{number:07d}", image, "png", captions(scene, draws, CAPTIONS_PER_SCENE), fields)
+    texts = captions(scene, draws, CAPTIONS_PER_SCENE)
+    if draws.below(COUNT_CAPTION_EVERY) == 0:
+        texts = (count_caption(scene, draws), *texts[1:])
+    return Sample(f"{number:07d}", image, "png", texts, fields)
 
 
 def make_scenes(
@@ -274,12 +280,16 @@ def _pairs(scene: Scene) -> list[tuple[str, str]]:
 _CLASSES: dict[str, tuple[str, ...]] = {
     "zeroshot_pictogram": tuple(PICTOGRAMS),
     "zeroshot_colour": tuple(COLOURS),
-    "zeroshot_count": _NUMBERS,
+    "zeroshot_count": COUNTS,
 }
 _TEMPLATES: dict[str, tuple[str, ...]] = {
     "zeroshot_pictogram": tuple(f"{with_article(colour)} {{c}}" for colour in COLOURS),
     "zeroshot_colour": tuple(f"a {{c}} {shape}" for shape in SHAPES),
-    "zeroshot_count": ("{c} glyphs", "{c} glyphs on a white background", "{c}"),
+    "zeroshot_count": (
+        "{c}",
+        "a picture of {c}",
+        *(f"{{c}} on a {ground} background" for ground in TRAIN_BACKGROUNDS),
+    ),
 }
 SETS: dict[str, Callable[[str, int, int, int], Iterator[EvaluationItem]]] = {
     **dict.fromkeys(_CLASSES, _classify),

@@ -116,17 +116,21 @@ def shapes_of(face: str) -> tuple[str, ...]:
 
 
 def draw_scene(draws: Draws, num_glyphs: int | None = None) -> Scene:
-    """Returns a random scene on a trained face and background; shapes and colours may be held-out
-    combinations.
+    """Returns a random scene on a trained face and background; its combinations may be held-out ones.
 
-    A fifth of the scenes have one glyph, a quarter three. Shapes of one scene differ; colours may repeat.
+    Two fifths of the scenes have one glyph, two fifths two. Shapes of one scene differ; in a quarter of the
+    scenes all glyphs have one colour. Both make shapes worth learning early: with fewer such scenes colours
+    and places alone tell most images of a batch apart.
     """
-    count = num_glyphs or (1, 2, 2, 2, 2, 2, 3, 3, 1, 3)[draws.below(10)]
+    count = num_glyphs or (1, 1, 2, 2, 3)[draws.below(5)]
     shapes = draws.sample(_SHAPE_NAMES, count)
-    glyphs = [Glyph(shape, draws.choice(_COLOUR_NAMES)) for shape in shapes]
+    colours = [draws.choice(_COLOUR_NAMES) for _ in shapes]
+    if draws.below(4) == 0:
+        colours = colours[:1] * count
+    glyphs = [Glyph(shape, colour) for shape, colour in zip(shapes, colours, strict=True)]
     place = ""
     if count == 1:
-        glyphs[0] = replace(glyphs[0], size=("small", "small", "large")[draws.below(3)])
+        glyphs[0] = replace(glyphs[0], size=("small", "large")[draws.below(2)])
         place = draws.choice(PLACES) if glyphs[0].size == "small" else ""
     elif count == 2 and draws.below(2):
         sizes = ("small", "large") if draws.below(2) else ("large", "small")
@@ -191,6 +195,16 @@ def captions(scene: Scene, draws: Draws, count: int) -> tuple[str, ...]:
     return tuple(found)
 
 
+COUNTS = ("one glyph", "two glyphs", "three glyphs")
+
+
+def count_caption(scene: Scene, draws: Draws) -> str:
+    """Returns a caption that says only how many glyphs there are and, mostly, on what."""
+    count = COUNTS[len(scene.glyphs) - 1]
+    ground = f"{count} on {with_article(scene.background)} background"
+    return (count, f"a picture of {count}", ground, ground)[draws.below(4)]
+
+
 NUM_WORDINGS = {1: 6, 2: 8, 3: 6}
 _OPPOSITE = {"row": ("left of", "right of"), "column": ("above", "below")}
 _ENDS = {"row": ("left", "right"), "column": ("top", "bottom")}
@@ -211,14 +225,8 @@ def word(scene: Scene, wording: int, draws: Draws) -> str:
 
 
 def _word_one(scene: Scene, name: str, wording: int, draws: Draws) -> str:
-    start = (
-        with_article(name),
-        with_article(name),
-        f"one {name}",
-        f"a picture of {with_article(name)}",
-        name,
-        f"one {name}",
-    )
+    a_name, one = with_article(name), f"one glyph: {name}"
+    start = (a_name, a_name, one, f"a picture of {a_name}", name, one)
     if not scene.place or draws.below(3) == 0:
         return start[wording]
     return f"{start[wording]}, {scene.place}" if wording >= 4 else f"{start[wording]} at the {scene.place}"
@@ -226,30 +234,32 @@ def _word_one(scene: Scene, name: str, wording: int, draws: Draws) -> str:
 
 def _word_two(scene: Scene, names: list[str], wording: int) -> str:
     first, second = names
+    a_first, a_second = with_article(first), with_article(second)
     before, after = _OPPOSITE[scene.arrangement]
     start, end = _ENDS[scene.arrangement]
     return (
-        f"{with_article(first)} {before} {with_article(second)}",
-        f"{with_article(second)} {after} {with_article(first)}",
-        f"{with_article(first)} is {before} {with_article(second)}",
-        f"{with_article(second)} is {after} {with_article(first)}",
+        f"{a_first} {before} {a_second}",
+        f"{a_second} {after} {a_first}",
+        f"{a_first} is {before} {a_second}",
+        f"{a_second} is {after} {a_first}",
         f"two glyphs: {first} {before} {second}",
         f"two glyphs: {second} {after} {first}",
-        f"{with_article(first)} at the {start} and {with_article(second)} at the {end}",
-        f"{with_article(second)} at the {end} and {with_article(first)} at the {start}",
+        f"{a_first} at the {start} and {a_second} at the {end}",
+        f"{a_second} at the {end} and {a_first} at the {start}",
     )[wording]
 
 
 def _word_three(scene: Scene, names: list[str], wording: int) -> str:
     start, end = _ENDS[scene.arrangement]
     first, middle, last = names
+    a_first, a_middle, a_last = (with_article(name) for name in names)
     return (
         f"from {start} to {end}: {first}, {middle}, {last}",
         f"from {end} to {start}: {last}, {middle}, {first}",
-        f"{with_article(first)}, {with_article(middle)} and {with_article(last)} from {start} to {end}",
-        f"{with_article(last)}, {with_article(middle)} and {with_article(first)} from {end} to {start}",
+        f"{a_first}, {a_middle} and {a_last} from {start} to {end}",
+        f"{a_last}, {a_middle} and {a_first} from {end} to {start}",
         f"three glyphs: {first}, {middle}, {last} from {start} to {end}",
-        f"{with_article(middle)} with {with_article(first)} at the {start} and {with_article(last)} at the {end}",
+        f"{a_middle} with {a_first} at the {start} and {a_last} at the {end}",
     )[wording]
 
 

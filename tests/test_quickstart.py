@@ -1,0 +1,56 @@
+"""The quickstart's loop at a fraction of its size, and its gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clipkit import quickstart
+from clipkit.config import load_config
+from clipkit.types import GateError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart")
+
+
+STEPS = ("run.steps=4", "optim.warmup=1", "data.batch_size=32")
+
+
+def test_the_loop_ends_with_a_table_a_reloaded_export_and_the_next_command(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = quickstart.run(folder, overrides=STEPS, drawing={"train": 400, "evaluation": 32})
+    printed = capsys.readouterr().out
+    names = {row["name"] for row in report["rows"]}
+    wanted = {"zeroshot_pictogram", "zeroshot_colour", "retrieval_combinations", "retrieval_face"}
+    assert wanted | {"compositional_colour", "compositional_order"} <= names
+    assert all(row["name"] in printed and 0 <= row["value"] <= 1 for row in report["rows"])
+    assert "made data" in printed
+    assert f"next: clipkit retrieval {report['export']}" in printed
+    assert json.loads((folder / "quickstart.json").read_text())["rows"] == report["rows"]
+
+
+def test_a_second_call_continues_instead_of_training_again(folder: Path) -> None:
+    before = (folder / "run" / "metrics.jsonl").read_bytes()
+    quickstart.run(folder, overrides=STEPS, drawing={"train": 400, "evaluation": 32})
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_gate_names_what_is_below_its_floor() -> None:
+    rows = [quickstart.Row("faces", "top-1", 0.30, 0.1), quickstart.Row("faces", "top-5", 0.9, 0.5)]
+    quickstart.check_gate(rows, {"faces top-1": 0.30, "faces top-5": 0.8})
+    with pytest.raises(GateError, match=r"faces top-1 0\.300 < 0\.310") as caught:
+        quickstart.check_gate(rows, {"faces top-1": 0.31, "faces top-5": 0.8})
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("corpus", sorted(quickstart.CORPORA))
+def test_every_corpus_has_a_valid_configuration_and_floors(corpus: str) -> None:
+    plan = quickstart.CORPORA[corpus]
+    assert load_config(quickstart.preset(plan.config)).run.steps
+    assert plan.floors
+    assert all(0 < floor < 1 for floor in plan.floors.values())
