@@ -142,7 +142,10 @@ def export(
     Example: clipkit export runs/mine my_model --verify
     """
     from clipkit.export import export as work
+    from clipkit.export import location_note
 
     if rank() == 0:
         written = work(model, out, verify=verify, weights=weights.value, hf_name=hf_name)
         say(f"written to {written}" + (", and open_clip computes identical embeddings" if verify else ""))
+        if note := location_note(written):
+            say(f"note: {note}")
