@@ -47,6 +47,7 @@ from clipkit.types import ConfigError, DataError
 
 VERSION = 1  # of the drawing: raise it whenever the same seed would give other bytes
 CAPTIONS_PER_SCENE = 4
+COUNT_CAPTION_EVERY = 24  # one sample in so many is trained on its number of glyphs alone
 SAMPLES_PER_SHARD = 2_000
 
 
@@ -82,13 +83,8 @@ def train_scene(seed: int, number: int, size: int) -> Sample:
     }
     image = draw_png(scene, draws, size)
     texts = captions(scene, draws, CAPTIONS_PER_SCENE)
-    chosen = draws.below(24)
-    if chosen == 0:
+    if draws.below(COUNT_CAPTION_EVERY) == 0:
         texts = (count_caption(scene, draws), *texts[1:])
-    elif chosen < 9:
-        # Colours alone tell most images of a batch apart: without captions that omit them, shapes and their
-        # order are learned late.
-        texts = (word(scene, draws.below(NUM_WORDINGS[len(scene.glyphs)]), draws, colours=False), *texts[1:])
     return Sample(f"{number:07d}", image, "png", texts, fields)
 
 

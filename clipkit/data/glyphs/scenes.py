@@ -210,13 +210,10 @@ _OPPOSITE = {"row": ("left of", "right of"), "column": ("above", "below")}
 _ENDS = {"row": ("left", "right"), "column": ("top", "bottom")}
 
 
-def word(scene: Scene, wording: int, draws: Draws, colours: bool = True) -> str:
-    """Returns paraphrase number `wording` (0..NUM_WORDINGS-1), in lower case without a final stop.
-
-    Without `colours` it names the shapes alone.
-    """
+def word(scene: Scene, wording: int, draws: Draws) -> str:
+    """Returns paraphrase number `wording` (0..NUM_WORDINGS-1), in lower case without a final stop."""
     sizes = draws.below(2) == 1
-    names = [_name(glyph, sizes, colours) for glyph in scene.glyphs]
+    names = [_name(glyph, sizes) for glyph in scene.glyphs]
     told = (
         draws.below(4) == 0 and scene.background != HELD_OUT_BACKGROUND
     )  # its name is no trained word either
@@ -266,8 +263,8 @@ def _word_three(scene: Scene, names: list[str], wording: int) -> str:
     )[wording]
 
 
-def _name(glyph: Glyph, with_size: bool, with_colour: bool) -> str:
-    parts = (glyph.size * with_size, glyph.colour * with_colour, glyph.shape)
+def _name(glyph: Glyph, with_size: bool) -> str:
+    parts = (glyph.size * with_size, glyph.colour, glyph.shape)
     return " ".join(part for part in parts if part)
 
 
