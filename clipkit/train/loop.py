@@ -64,6 +64,7 @@ class Loop:
     saved_at: float = field(default_factory=time.monotonic)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluated_step: int = -1
+    evaluated_at: float = field(default_factory=time.monotonic)
 
     def train(self, continue_rng: Callable[[], None]) -> None:
         """Runs from the state's step to the last one; `continue_rng` restores the generators."""
@@ -144,18 +145,26 @@ class Loop:
 
     def _housekeep(self, rejects: Sequence[Reject]) -> None:
         run, state, config = self.run, self.state, self.run.config.run
-        elapsed = time.monotonic() - self.saved_at
-        asked = [self.signals.requested or 0, self.signals.save_requested, elapsed, len(rejects)]
-        stop, save_asked, elapsed, rejected = dist.agree([float(value) for value in asked], "max")
+        asked = [
+            self.signals.requested or 0,
+            self.signals.save_requested,
+            len(rejects),
+            time.monotonic() - self.saved_at,
+            time.monotonic() - self.evaluated_at,
+        ]
+        # Clocks differ between ranks, and what one rank decides all must do: one agreement for everything.
+        stop, save_asked, rejected, unsaved, unevaluated = dist.agree(
+            [float(value) for value in asked], "max"
+        )
         self._count(rejects, bool(rejected))
-        every = config.evaluate_every
-        last = state.step == run.total_steps
-        if config.evaluate and (last or (every and parse_interval(every).due(state.step, run.total_steps))):
+        every, last = config.evaluate_every, state.step == run.total_steps
+        due = every is not None and parse_interval(every).due(state.step, run.total_steps, unevaluated)
+        if config.evaluate and (last or due):
             self._evaluate()
-        due = parse_interval(config.checkpoint_every).due(state.step, run.total_steps, elapsed)
+        due = parse_interval(config.checkpoint_every).due(state.step, run.total_steps, unsaved)
         if due or stop or save_asked or last:
             self.signals.save_requested = False
-            self._save()
+            self._save(must_succeed=bool(stop) or last)
         if stop and not last:
             name = signal.Signals(int(stop)).name
             raise Interrupted(
@@ -177,19 +186,19 @@ class Loop:
     def _evaluate(self) -> None:
         began = time.perf_counter()
         self.metrics = evaluate(self.run)
-        self.evaluated_step = self.state.step
+        self.evaluated_step, self.evaluated_at = self.state.step, time.monotonic()
         self.log.evaluation(self.state.step, self.metrics)
         # Evaluation is not training time: samples/s and ETA would sag at every evaluation.
         self.clock.began += time.perf_counter() - began
 
-    def _save(self) -> None:
+    def _save(self, must_succeed: bool) -> None:
         began = time.perf_counter()
         try:
             save(self.run, self.store, self.state, self.budget)
         except CheckpointWriteError as error:
             self.failed_saves += 1
             self.log.note(f"warning: {error.cause} ({error.cure})")
-            if self.failed_saves >= MAX_FAILED_SAVES or self.state.step == self.run.total_steps:
+            if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
                 raise
         else:
             self.failed_saves = 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from clipkit.checkpoint import CheckpointStore, CheckpointWriteError
 from clipkit.config import make_config
 from clipkit.evaluation import retrieval
 from clipkit.export import load
@@ -211,3 +212,31 @@ def test_config_objects_and_dicts_mean_the_same(tiny_shards: Path, tmp_path: Pat
     given = values(tiny_shards, tmp_path / "a", run__steps=2)
     pretrain(make_config(given))
     assert len(records(tmp_path / "a")) == 2
+
+
+def test_a_failed_save_does_not_end_the_run_but_a_failed_last_one_does(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saves: list[int] = []
+
+    def full_disk(self: Any, step: int, **parts: Any) -> Path:
+        saves.append(step)
+        raise CheckpointWriteError("no space left on device", "free some space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointStore, "save", full_disk)
+        with pytest.raises(CheckpointWriteError, match="no space"):
+            pretrain(values(tiny_shards, tmp_path / "run", run__steps=6, run__checkpoint_every=3))
+    assert saves == [3, 6], "the failure at step 3 was survived, the one at the end was not"
+    assert "warning: no space left" in capsys.readouterr().err
+
+
+def test_time_based_evaluation_happens(tiny_shards: Path, tmp_path: Path, captions: Path) -> None:
+    evaluated = [{"task": "retrieval", "data": str(captions)}]
+    pretrain(
+        values(
+            tiny_shards, tmp_path / "run", run__steps=3, run__evaluate=evaluated, run__evaluate_every="0.001s"
+        )
+    )
+    steps = [record["step"] for record in records(tmp_path / "run") if record.get("event") == "evaluation"]
+    assert steps == [1, 2, 3]
