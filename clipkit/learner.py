@@ -5,16 +5,18 @@ Nothing else is called on the wrapped module while training, so DDP, FSDP and au
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipkit.models.ema import WeightEMA
+from clipkit.models.teachers import Teachers
 from clipkit.models.towers import Towers
 from clipkit.objectives import Objective
-from clipkit.types import Batch, ConfigError, Embeddings, Needs
+from clipkit.types import Batch, ConfigError, Embeddings, Needs, TeacherEmbeddings
 
 Tensors = dict[str, Tensor]
 
@@ -35,31 +37,43 @@ def extras_of(batch: Batch) -> dict[str, Tensors]:
 
 
 class Learner(nn.Module):
-    """Everything that is trained, wrapped and saved: `towers`, `objectives`, and `ema` when asked for."""
+    """All that is trained, wrapped and saved: `towers`, `objectives`, `teachers`, and `ema` if asked."""
 
     def __init__(
-        self, towers: Towers, objectives: Mapping[str, tuple[Objective, float]], ema: WeightEMA | None = None
+        self,
+        towers: Towers,
+        objectives: Mapping[str, tuple[Objective, float]],
+        ema: WeightEMA | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         super().__init__()
         self.towers = towers
         self.objectives = nn.ModuleDict({label: part for label, (part, _) in objectives.items()})
         self.weights = {label: weight for label, (_, weight) in objectives.items()}
         self.ema = ema
+        self.teachers = teachers
 
     @property
     def needs(self) -> Needs:
         """The union of what the objectives declare."""
-        needs = Needs()
-        for part in self.objectives.values():
-            assert isinstance(part, Objective)
-            needs = needs | part.needs
-        return needs
+        return needs_of(part for part in self.objectives.values() if isinstance(part, Objective))
+
+    def chance(self, label: str, rows: int) -> float | None:
+        """Returns the loss of the term `label` for a global batch of `rows` equal embeddings, or None."""
+        part = self.objectives[label]
+        assert isinstance(part, Objective)
+        return part.chance(rows)
 
     def forward(self, mode: str, **inputs: Any) -> Tensors:
         """Returns plain dicts of tensors (wrappers convert and traverse those and no dataclass).
 
-        full       images, texts, extras, progress -> {"loss", "loss/<label>", "<extra>/<label>", ...}
-        embed      images, texts, weights          -> {"trunk.<view>": (B, F), "joint.<view>": (B, D)}
+        full       images, texts, extras, progress -> {"loss", "loss/<label>", "<extra>/<label>", ...}; with
+                                                      `inspect` also "gradient/<label>", the norm of the
+                                                      weighted term's gradient at the embeddings, and
+                                                      "embedding.<trunk or joint>.<view>"
+        embed      images, texts, weights, teach   -> {"trunk.<view>": (B, F), "joint.<view>": (B, D)}, and
+                                                      with `teach` the same of every teacher, after
+                                                      "teacher.<name>."
         score      embeddings, extras, progress    -> as full, from embeddings alone
         surrogate  images, texts, cotangents       -> {"loss"}: sum of embedding x cotangent
         """
@@ -71,42 +85,60 @@ class Learner(nn.Module):
         }
         return modes[mode](**inputs)
 
-    def _full(self, images: Tensors, texts: Tensors, extras: dict[str, Tensors], progress: float) -> Tensors:
-        return self._score(self._embed(images, texts), extras, progress)
+    def _full(
+        self,
+        images: Tensors,
+        texts: Tensors,
+        extras: dict[str, Tensors],
+        progress: float,
+        inspect: bool = False,
+    ) -> Tensors:
+        return self._score(self._embed(images, texts, teach=True), extras, progress, inspect)
 
-    def _embed(self, images: Tensors, texts: Tensors, weights: str = "raw") -> Tensors:
+    def _embed(self, images: Tensors, texts: Tensors, weights: str = "raw", teach: bool = False) -> Tensors:
         towers = self.towers
         if weights == "ema":
             assert self.ema is not None, "this learner keeps no averaged weights"
             towers = self.ema.towers
-        embeddings: Tensors = {}
-        for view, pixels in images.items():
-            embeddings[f"trunk.{view}"], embeddings[f"joint.{view}"] = towers.image(pixels)
-        for view, tokens in texts.items():
-            embeddings[f"trunk.{view}"], embeddings[f"joint.{view}"] = towers.text(tokens)
+        own = {name: x for name, x in images.items() if "@" not in name}
+        embeddings = towers.embed(own, {name: x for name, x in texts.items() if "@" not in name})
+        if teach and self.teachers is not None:
+            embeddings |= self.teachers.embed(images, texts)
         return embeddings
 
-    def _score(self, embeddings: Tensors, extras: dict[str, Tensors], progress: float) -> Tensors:
+    def _score(
+        self, embeddings: Tensors, extras: dict[str, Tensors], progress: float, inspect: bool = False
+    ) -> Tensors:
         with torch.autocast(next(iter(embeddings.values())).device.type, enabled=False):
             wide = {name: at_least_fp32(x) for name, x in embeddings.items()}
             e = Embeddings(
-                trunk={name[6:]: x for name, x in wide.items() if name.startswith("trunk.")},
-                joint={name[6:]: x for name, x in wide.items() if name.startswith("joint.")},
+                trunk=named(wide, "trunk."),
+                joint=named(wide, "joint."),
+                teachers={} if self.teachers is None else self._taught(wide),
                 logit_scale=at_least_fp32(self.towers.logit_scale).exp(),
                 logit_bias=None if (bias := self.towers.logit_bias) is None else at_least_fp32(bias),
                 progress=progress,
                 **extras,
             )
             outputs: Tensors = {}
-            total: Tensor | None = None
+            weighted: Tensors = {}
             for label, part in self.objectives.items():
                 terms = part(e)
                 terms = terms if isinstance(terms, dict) else {"loss": terms}
-                weighted = self.weights[label] * terms["loss"]
-                total = weighted if total is None else total + weighted
+                weighted[label] = self.weights[label] * terms["loss"]
                 outputs.update({f"{name}/{label}": x.detach() for name, x in terms.items()})
-            assert total is not None
-            return {"loss": total, **outputs}
+            if inspect:
+                outputs |= inspected(wide, weighted)
+            return {"loss": functools.reduce(torch.add, weighted.values()), **outputs}
+
+    def _taught(self, wide: Tensors) -> dict[str, TeacherEmbeddings]:
+        assert self.teachers is not None
+        return {
+            name: TeacherEmbeddings(
+                named(wide, f"teacher.{name}.trunk."), named(wide, f"teacher.{name}.joint."), scale
+            )
+            for name, scale in self.teachers.scales().items()
+        }
 
     def _surrogate(self, images: Tensors, texts: Tensors, cotangents: Tensors) -> Tensors:
         embeddings = self._embed(images, texts)
@@ -115,14 +147,47 @@ class Learner(nn.Module):
             return {"loss": torch.stack(terms).sum()}
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Does what follows an optimizer step that was taken: scale clamp, objectives, averaged weights."""
+    def after_step(self, step: int, progress: float) -> None:
+        """Does what follows an optimizer step that was taken: scale clamp, objectives, averages of weights.
+
+        `progress` is that of the step, 0..1.
+        """
         self.towers.clamp_scale()
         for part in self.objectives.values():
             assert isinstance(part, Objective)
             part.after_step()
+        if self.teachers is not None:
+            self.teachers.follow(self.towers, progress)
         if self.ema is not None:
             self.ema.update(self.towers, step)
+
+
+def inspected(embeddings: Tensors, terms: Tensors) -> Tensors:
+    """Returns the norm of every term's gradient at the embeddings, () each, and the embeddings detached.
+
+    One backward per term through the scores alone; the gradients of parameters are left as they are.
+    """
+    own = {name: x for name, x in embeddings.items() if not name.startswith("teacher.")}
+    leaves = [x for x in own.values() if x.requires_grad]
+    found = {f"embedding.{name}": x.detach() for name, x in own.items()}
+    for label, term in terms.items():
+        gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
+        squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
+        found[f"gradient/{label}"] = torch.stack(squares).sum().sqrt() if squares else term.detach() * 0
+    return found
+
+
+def named(tensors: Tensors, prefix: str) -> Tensors:
+    """Returns the entries whose name starts with `prefix`, without it."""
+    return {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def needs_of(objectives: Iterable[Objective]) -> Needs:
+    """Returns the union of what objectives declare; raises ConfigError where they contradict each other."""
+    needs = Needs()
+    for part in objectives:
+        needs = needs | part.needs
+    return needs
 
 
 def freeze_unused(learner: Learner, batch: Batch) -> list[str]:
@@ -143,9 +208,9 @@ def freeze_unused(learner: Learner, batch: Batch) -> list[str]:
             buffer.copy_(buffers[name])
     for name in unused:
         trained[name].requires_grad_(False)
-    for tower, views in (("visual", learner.needs.image_views), ("text", learner.needs.text_views)):
-        members = [name for name in trained if name.startswith(f"towers.clip.{tower}.")]
-        if views and members and set(members) <= set(unused):
+    for tower, module in (("image", "visual"), ("text", "text")):
+        members = [name for name in trained if name.startswith(f"towers.clip.{module}.")]
+        if learner.needs.of_tower(tower) and members and set(members) <= set(unused):
             raise ConfigError(
                 f"no parameter of the {tower} tower gets a gradient from {', '.join(learner.objectives)}",
                 "choose objectives that read this tower, or freeze it",

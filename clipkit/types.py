@@ -11,6 +11,7 @@ Shape legend, used in every docstring of this package:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -117,12 +118,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class TeacherEmbeddings:
+    """What a teacher says about this rank's rows: trunk (B, F) and joint (B, D) by view, and its scale ()."""
+
+    trunk: dict[str, Tensor]
+    joint: dict[str, Tensor]
+    logit_scale: Tensor
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """What objectives see: never images, tokens, towers or ranks' data other than their own rows.
 
     trunk     view name -> (B, F) pooled features before the joint projection
     joint     view name -> (B, D), L2-normalised, at least fp32 (fp64 stays fp64)
-    teachers  teacher name -> {"trunk" | "joint": {view: (B, Dn)}, "scale": ()}
+    teachers  teacher name -> TeacherEmbeddings of the views it reads, without gradient
     progress  fraction of the run that is done, 0..1
     logit_scale   (1,), already exponentiated; logit_bias (1,) or None
     """
@@ -131,7 +141,7 @@ class Embeddings:
     joint: dict[str, Tensor]
     logit_scale: Tensor
     logit_bias: Tensor | None = None
-    teachers: dict[str, Any] = field(default_factory=dict)
+    teachers: dict[str, TeacherEmbeddings] = field(default_factory=dict)
     stored: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
@@ -139,20 +149,94 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What an objective declares; the loader builds nothing else, and required members follow from it."""
+class View:
+    """One view of a sample: what the loader builds, a tower reads and an objective finds by `name`.
 
-    image_views: tuple[str, ...] = ()
-    text_views: tuple[str, ...] = ()
-    teachers: tuple[str, ...] = ()
+    tower     "image" or "text"
+    recipe    image: the name of an augmentation recipe, "" for the default crop
+              text: "" for the caption as it is, "dropout" for the same caption, "eda" for an edited one
+    index     which view of a recipe whose views differ (byol), or which caption of a list
+    field     caption field of a text view; None: the field that data.train names
+    optional  a sample without the field is kept, and `present[name]` is False
+    """
+
+    name: str
+    tower: str
+    recipe: str = ""
+    index: int = 0
+    field: str | None = None
+    optional: bool = False
+
+
+IMAGE = View("image", "image")
+TEXT = View("text", "text")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A second pair of towers that is never trained: a moving average of the trained ones, or fixed weights.
+
+    momentum  of the moving average, per step; None for fixed weights
+    schedule  "constant", or "cosine": from `momentum` to 1 over the run (BYOL, arXiv:2006.07733 section 3.3)
+    model     fixed weights: an exported directory or an open_clip `name:tag`
+    views     names of the views that it embeds
+    """
+
+    name: str
+    views: tuple[str, ...]
+    momentum: float | None = None
+    schedule: str = "constant"
+    model: str | None = None
+
+    def momentum_at(self, progress: float) -> float:
+        """Returns the momentum at `progress` 0..1 of the run."""
+        momentum = self.momentum or 0.0
+        if self.schedule == "constant":
+            return momentum
+        return 1 - (1 - momentum) * (math.cos(math.pi * progress) + 1) / 2
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective declares; the loader builds nothing else, and required members follow from it.
+
+    labels  "caption" (equal captions have equal labels) or a field such as "cls" or "json.category"
+    stored  members that hold a vector each, such as "teacher_image.npy"
+    """
+
+    views: tuple[View, ...] = ()
+    teachers: tuple[Teacher, ...] = ()
     labels: tuple[str, ...] = ()
     stored: tuple[str, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        """Returns the union, in first-seen order."""
-        return Needs(
-            *(
-                tuple(dict.fromkeys(getattr(self, entry.name) + getattr(other, entry.name)))
-                for entry in fields(self)
-            )
+        """Returns the union, in first-seen order. Teachers of one name embed the views of both."""
+        teachers = {teacher.name: teacher for teacher in self.teachers}
+        for teacher in other.teachers:
+            known = teachers.get(teacher.name)
+            if known is not None:
+                teacher = replace(teacher, views=tuple(dict.fromkeys(known.views + teacher.views)))
+                if replace(known, views=teacher.views) != teacher:
+                    raise ConfigError(
+                        f"two objectives describe the teacher `{teacher.name}` differently",
+                        "give both the same momentum, schedule and model",
+                    )
+            teachers[teacher.name] = teacher
+        merged = Needs(
+            tuple(dict.fromkeys(self.views + other.views)),
+            tuple(teachers.values()),
+            tuple(dict.fromkeys(self.labels + other.labels)),
+            tuple(dict.fromkeys(self.stored + other.stored)),
         )
+        names = [view.name for view in merged.views]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"two objectives mean different things by the view `{name}`",
+                    "give one of them another recipe or field",
+                )
+        return merged
+
+    def of_tower(self, tower: str) -> tuple[View, ...]:
+        """Returns the views that `tower` ("image" or "text") reads."""
+        return tuple(view for view in self.views if view.tower == tower)

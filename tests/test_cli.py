@@ -19,7 +19,17 @@ import clipkit.train
 from clipkit.cli import main
 from clipkit.types import ClipkitError, DataError, GateError
 
-COMMANDS = ("quickstart", "pretrain", "zeroshot", "retrieval", "export", "index", "configs", "doctor")
+COMMANDS = (
+    "quickstart",
+    "pretrain",
+    "zeroshot",
+    "retrieval",
+    "export",
+    "index",
+    "test-objective",
+    "configs",
+    "doctor",
+)
 MINIMAL = "# A tiny run.\nmodel: ViT-B-32\ndata: {train: x.tar, batch_size: 256}\nrun: {epochs: 2}\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,3 +31,13 @@ def test_the_python_names_train_a_model_that_reads_an_unseen_flag(
 def test_examples_stay_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert path.read_text().count("\n") <= 100, path
+
+
+def test_an_own_objective_passes_the_suite_from_its_file(run_ranks: Any) -> None:
+    from clipkit.objectives import suite
+
+    path = EXAMPLES / "own_objective.py"
+    assert path.read_text().count("\n") <= 60
+    maker = suite.FromEntry({"name": f"{path}:TolerantClip", "threshold": 0.5})
+    for finding in suite.check_all(maker, run_ranks):
+        assert finding.holds, finding

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clipkit.cli import configs, data, evaluating, machine, training
+from clipkit.cli import configs, data, evaluating, machine, objectives, training
 from clipkit.cli.output import rank
 from clipkit.log import redact
 from clipkit.types import ClipkitError, ConfigError
@@ -35,6 +35,7 @@ app.command("zeroshot")(evaluating.zeroshot)
 app.command("retrieval")(evaluating.retrieval)
 app.command("export")(evaluating.export)
 app.command("index")(data.index)
+app.command("test-objective")(objectives.check_objective)
 app.add_typer(configs.app, name="configs")
 app.command("doctor")(machine.doctor)
 

@@ -2,7 +2,7 @@
 
 from clipkit.config.interval import Interval, parse_interval
 from clipkit.config.problems import ConfigErrors
-from clipkit.config.reading import read_values
+from clipkit.config.reading import read_options, read_values
 from clipkit.config.root import Config, check_schedule, load_config, make_config
 from clipkit.config.schema import (
     DataConfig,
@@ -31,5 +31,6 @@ __all__ = [
     "load_config",
     "make_config",
     "parse_interval",
+    "read_options",
     "read_values",
 ]

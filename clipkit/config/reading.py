@@ -300,6 +300,14 @@ def _override(values: Values, text: str) -> Values:
     return changed
 
 
+def read_options(overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns `key=value` words as nested values. Raises ConfigError for a word that is not one."""
+    values = Values()
+    for text in overrides:
+        values = _override(values, text)
+    return values.tree
+
+
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> Values:
     """Returns the merged values of a file, of the file it extends, and of the overrides, in rising priority.
 

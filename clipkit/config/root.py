@@ -36,6 +36,7 @@ _IDENTITY = (
     "data.window_bytes",
     "data.max_pixels",
     "data.crop_scale",
+    "data.recipes",
     "optim",
     "run.samples",
     "run.epochs",

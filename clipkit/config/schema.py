@@ -19,6 +19,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from clipkit.config.interval import parse_interval
+from clipkit.data.recipes import read_recipes
+from clipkit.types import ConfigError
 
 
 def _whole(value: Any) -> Any:
@@ -215,6 +217,7 @@ class DataConfig(Section):
     max_consecutive: Count = 100
     allow_pipe: bool = False
     crop_scale: Annotated[tuple[float, float], BeforeValidator(as_tuple)] | None = None
+    recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
 
     @field_validator("train")
@@ -226,6 +229,15 @@ class DataConfig(Section):
                 "exactly one source with one caption field is read",
                 "name one source (its shards may be a list) and one caption field",
             )
+        return value
+
+    @field_validator("recipes")
+    @classmethod
+    def _recipes(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        try:
+            read_recipes(value)
+        except ConfigError as error:
+            raise refuse(error.cause, error.cure) from error
         return value
 
     @field_validator("crop_scale")
@@ -301,6 +313,7 @@ class RunConfig(Section):
     evaluate_every: OptionalEvery = None
     evaluate: Annotated[tuple[EvaluateConfig, ...], BeforeValidator(as_tuple)] = ()
     log_every: Count = 10
+    diagnose_every: Count = 100
     weight_ema: Annotated[bool | float | str, PlainValidator(_weight_ema)] = "auto"
     world_size: Count | None = None
     deterministic: bool = False

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clipkit.data.loader import TrainStream, open_train
     from clipkit.data.options import CaptionField, LoaderOptions, Source
+    from clipkit.data.recipes import read_recipes
     from clipkit.data.rejects import RejectBudget
     from clipkit.data.tar_index import Index, build_index, expand_shards
-    from clipkit.data.text import TextView
-    from clipkit.data.views import ImageView
+    from clipkit.data.text import TextView, text_view
+    from clipkit.data.views import ImageView, image_view
 
 _HOMES = {
     "CaptionField": "options",
@@ -27,7 +28,10 @@ _HOMES = {
     "TrainStream": "loader",
     "build_index": "tar_index",
     "expand_shards": "tar_index",
+    "image_view": "views",
     "open_train": "loader",
+    "read_recipes": "recipes",
+    "text_view": "text",
 }
 
 __all__ = [
@@ -41,7 +45,10 @@ __all__ = [
     "TrainStream",
     "build_index",
     "expand_shards",
+    "image_view",
     "open_train",
+    "read_recipes",
+    "text_view",
 ]
 
 

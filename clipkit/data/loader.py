@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,9 +28,10 @@ from clipkit.data.rejects import RejectBudget
 from clipkit.data.rows import Recipe, SubBatch, merge
 from clipkit.data.source import expand_shards, needs_stream
 from clipkit.data.tar_index import Index, build_index
+from clipkit.data.targets import stored_widths
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
-from clipkit.data.window import WindowReader
+from clipkit.data.window import WindowReader, first_samples
 from clipkit.types import Batch, ClipkitError, ConfigError, DataError
 
 __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStream", "open_train"]
@@ -149,7 +150,7 @@ class TrainStream:
         try:
             for _ in range(start_step, stop_step):
                 parts = [self._next(steps) for _ in ranges]
-                batch = merge(parts, self._recipe.text_views)
+                batch = merge(parts, self._recipe)
                 yield batch.pin_memory() if torch.cuda.is_available() else batch
         finally:
             # torch ends its workers in __del__, which fails when the iterator hangs in a traceback: the
@@ -224,7 +225,14 @@ class TrainStream:
             "world_sizes": self.world_sizes(),
             "workers": self._options.workers,
             "crop_scale": crops,
+            "labels": list(self._recipe.labels),
+            "stored": self.stored_widths,
         }
+
+    @property
+    def stored_widths(self) -> dict[str, int]:
+        """The width Dn of every stored vector."""
+        return dict(zip(self._recipe.stored, self._recipe.widths, strict=True))
 
     def close(self) -> None:
         """Ends the workers."""
@@ -246,10 +254,15 @@ def open_train(
     world: dist.World,
     *,
     saved: dict[str, Any] | None = None,
+    labels: Sequence[str] = (),
+    stored: Sequence[str] = (),
 ) -> TrainStream:
     """Returns the training stream of this rank; called by all ranks.
 
-    saved: the data position of a checkpoint. Lanes, chunks and windows come from it: fixed for a run.
+    saved   the data position of a checkpoint. Lanes, chunks and windows come from it: fixed for a run.
+    labels  "caption" (equal captions are equal numbers) or fields, for example "cls" or "json.category"
+    stored  extensions of members that hold a vector, for example "teacher_image.npy"
+    Samples need the members that are named by the views, labels and stored vectors, and no others.
     Raises ConfigError or DataError, the same on every rank.
     """
     if len(options.source.captions) != 1:
@@ -264,6 +277,8 @@ def open_train(
         options.source.captions[0].field,
         options.max_pixels,
         options.seed,
+        tuple(labels),
+        tuple(stored),
     )
     if any(needs_stream(shard) for shard in shards):
         from clipkit.data.stream import open_stream
@@ -281,7 +296,8 @@ def _open_indexed(
 ) -> TrainStream:
     index = _shared_index(shards, options, world)
     order = _order(index, options, world, saved)
-    recipe = recipe.for_pairs(index.num_samples)
+    widths = stored_widths(first_samples(index), recipe.stored, options.max_consecutive)
+    recipe = replace(recipe.for_pairs(index.num_samples), widths=widths)
     lanes = {"lanes": order.lanes, "chunk_size": order.chunk_size, "window_chunks": order.window_chunks}
     position = {
         "order_version": ORDER_VERSION,

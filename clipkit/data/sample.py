@@ -41,6 +41,10 @@ class Unusable(Exception):
         self.detail = detail
 
 
+class Absent(Unusable):
+    """The field is not there, or holds nothing: an optional view does without it."""
+
+
 class RawSample(NamedTuple):
     """The members of one sample: key, and extension -> (begin, end) within the bytes of its chunk."""
 
@@ -143,38 +147,61 @@ def image_bytes(sample: RawSample) -> bytes:
     raise Unusable("missing image", f"members: {', '.join(sample.members)}"[:200])
 
 
-def caption(sample: RawSample, field: str) -> str:
-    """Returns the caption at `field`: a member ("txt"), or a path into a JSON member ("json.caption").
+def field_value(sample: RawSample, field: str, what: str = "caption") -> Any:
+    """Returns what stands at `field`: the text of a member ("txt"), or a value of a JSON member.
 
-    Raises Unusable for a missing, empty, over-long (64 KiB) or not strictly UTF-8 caption.
+    "json.a.b" is entry b of entry a; a whole number picks from a list ("json.captions.1"). `what` names the
+    field in reasons. Raises Unusable, and Absent for a missing member or entry.
     """
     extension, _, path = field.partition(".")
     data = sample.member(extension)
     if data is None:
-        raise Unusable("missing caption", f"no .{extension}; members: {', '.join(sample.members)}"[:200])
+        raise Absent(f"missing {what}", f"no .{extension}; members: {', '.join(sample.members)}"[:200])
     if len(data) > (MAX_JSON_BYTES if path else MAX_CAPTION_BYTES):
-        raise Unusable("caption too long", f"{len(data)} bytes in .{extension}")
+        raise Unusable(f"{what} too long", f"{len(data)} bytes in .{extension}")
     try:
-        text: Any = data.decode("utf-8-sig")
+        value: Any = data.decode("utf-8-sig")
         if path:
-            text = json.loads(text)
+            value = json.loads(value)
             for name in path.split("."):
-                text = text[name]
+                value = value[int(name)] if isinstance(value, list) and name.isdecimal() else value[name]
     except UnicodeDecodeError as error:
-        raise Unusable("caption is not UTF-8", str(error)) from None
+        raise Unusable(f"{what} is not UTF-8", str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise Unusable("bad caption JSON", f"{type(error).__name__}: {error}"[:200]) from None
-    except (KeyError, TypeError):
-        raise Unusable("missing caption", f"the JSON has no {path!r}") from None
+        raise Unusable(f"bad {what} JSON", f"{type(error).__name__}: {error}"[:200]) from None
+    except (LookupError, TypeError):
+        raise Absent(f"missing {what}", f"the JSON has no {path!r}") from None
+    return value
+
+
+def caption(sample: RawSample, field: str, index: int | None = None) -> str:
+    """Returns the caption at `field`: a member ("txt"), or a path into a JSON member ("json.caption").
+
+    index: the line of a text member (lines of white space not counted) or the entry of a JSON list; None:
+    the whole text, of a list the first entry. Raises Unusable for an over-long (64 KiB) or not strictly
+    UTF-8 caption, and Absent for a missing or empty one.
+    """
+    text = field_value(sample, field)
+    choices = text
+    if isinstance(text, str):
+        split = index is not None and "." not in field
+        choices = [line for line in text.split("\n") if line.strip()] if split else [text]
+    if isinstance(choices, list):
+        if len(choices) <= (index or 0):
+            raise Absent(
+                "missing caption", f"{field} holds {len(choices)} caption(s), no number {index or 0}"
+            )
+        text = choices[index or 0]
     if not isinstance(text, str):
-        raise Unusable("caption is not text", f"{field} holds {type(text).__name__}")
+        kind = Absent if text is None else Unusable
+        raise kind("caption is not text", f"{field} holds {type(text).__name__}")
     return _checked(text)
 
 
 def _checked(text: str) -> str:
     text = text.removeprefix("\ufeff").strip()
     if not text:
-        raise Unusable("empty caption", "nothing but white space")
+        raise Absent("empty caption", "nothing but white space")
     if "\0" in text:
         raise Unusable("bad caption", "holds NUL characters (UTF-16 or binary data?)")
     if len(text) > MAX_CAPTION_BYTES:

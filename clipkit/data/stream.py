@@ -15,6 +15,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import IO, Any, cast
 
 import webdataset
@@ -27,6 +28,7 @@ from clipkit.data.ranges import RowRanges
 from clipkit.data.rows import Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample, Unusable
 from clipkit.data.source import scheme_of
+from clipkit.data.targets import stored_widths
 from clipkit.types import ClipkitError, ConfigError, DataError, Reject
 
 SHUFFLE_BUFFER = 1000  # raw samples per worker
@@ -39,8 +41,8 @@ def open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world
 
     Reads every shard once to count the samples. Raises ConfigError or DataError, the same on every rank.
     """
-    count = _shared_count(shards, world)
-    recipe = recipe.for_pairs(count)
+    count, widths = _surveyed(shards, recipe, options.max_consecutive, world)
+    recipe = replace(recipe.for_pairs(count), widths=widths)
     if options.batch_size % world.size:
         raise ConfigError(
             f"data.batch_size={options.batch_size} is not a multiple of the {world.size} processes",
@@ -103,14 +105,14 @@ class StreamReader:
             sample_id, members = next(self._samples)
             sample = _raw(members)
             try:
-                image, caption = self.recipe.prepare(sample)
+                content = self.recipe.prepare(sample)
             except Unusable as problem:
                 rejected.append((sample, members["__url__"], problem))
                 continue
             rejects = tuple(
                 Reject(bad.key, url, why.reason, why.detail, slot, sample.key) for bad, url, why in rejected
             )
-            return Row(slot, sample_id, sample.key, image, caption, rejects)
+            return Row(slot, sample_id, sample.key, content, rejects)
         sample, url, why = rejected[0]
         raise DataError(
             f"{len(rejected)} unusable samples in a row, the first: {sample.key} in {url} "
@@ -201,19 +203,22 @@ def _raw(members: dict[str, Any]) -> RawSample:
     return RawSample(members["__key__"], spans, b"".join(parts))
 
 
-def _shared_count(shards: list[str], world: dist.World) -> int:
-    """The main rank counts; an error reaches every rank."""
-    count: int | ClipkitError | None = None
+def _surveyed(
+    shards: list[str], recipe: Recipe, limit: int, world: dist.World
+) -> tuple[int, tuple[int, ...]]:
+    """The number of samples and widths of stored vectors, as the main rank finds them; errors reach all."""
+    seen: tuple[int, tuple[int, ...]] | ClipkitError | None = None
     if world.is_main or dist.World.current().size == 1:
         try:
-            count = sum(1 for _ in read_samples(shards))
+            widths = stored_widths(map(_raw, read_samples(shards)), recipe.stored, limit)
+            seen = sum(1 for _ in read_samples(shards)), widths
         except ClipkitError as error:
-            count = error
-    count = next(found for found in dist.gather_objects(count) if found is not None)
-    if isinstance(count, ClipkitError):
-        raise count
-    if not count:
+            seen = error
+    seen = next(found for found in dist.gather_objects(seen) if found is not None)
+    if isinstance(seen, ClipkitError):
+        raise seen
+    if not seen[0]:
         raise DataError(
             f"no sample in {len(shards)} shard(s), first {shards[0]}", "give shards that hold samples"
         )
-    return count
+    return seen

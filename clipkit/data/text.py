@@ -1,17 +1,30 @@
-"""Text views: captions to token ids, cut to the length the batch needs."""
+"""Text views: which caption, edited or not, as token ids cut to the length the batch needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipkit.types import ClipkitError
+from clipkit.data.recipes import suggestion
+from clipkit.types import ClipkitError, ConfigError, View
 
 Tokenizer = Callable[[list[str]], Tensor]
 TRIM_MULTIPLE = 8
+EDA = "eda"
+TEXT_RECIPES = ("", "dropout", EDA)
+# Tokenised where an optional caption is absent: rows of padding alone give NaN in towers that mask it.
+ABSENT_CAPTION = "a"
+
+
+class CaptionSource(NamedTuple):
+    """Where a caption stands in a sample; entry: of its lines or list, None: the whole."""
+
+    field: str
+    entry: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +35,24 @@ class TextView:
     context_length   in tokens
     trim             "argmax": a row ends at its largest id (CLIP's end-of-text); an int: the padding id;
                      None: the tower needs the full length
+    recipe           "" or "dropout": the caption as it is; "eda": edited, drawn per slot and view name
+    field            caption field, None: the one that the source names
+    index            line of a text member or entry of a JSON list; None: the whole text, or the first entry
+    optional         a sample without this caption is kept; `Batch.present` says which
     """
 
     name: str = "text"
     tokenizer: Tokenizer
     context_length: int = 77
     trim: str | int | None = None
+    recipe: str = ""
+    field: str | None = None
+    index: int | None = None
+    optional: bool = False
+
+    def source(self, default: str) -> CaptionSource:
+        """Returns where the caption is read; `default` is the field that the source names."""
+        return CaptionSource(self.field or default, self.index)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Returns int64 (B, context_length)."""
@@ -52,3 +77,27 @@ class TextView:
             used = tokens.ne(int(self.trim)).any(dim=0).nonzero()
             longest = int(used.max()) + 1 if len(used) else 1
         return tokens[:, : min(-(-longest // TRIM_MULTIPLE) * TRIM_MULTIPLE, tokens.shape[1])].contiguous()
+
+
+def text_view(view: View, tokenizer: Tokenizer, context_length: int, trim: str | int | None) -> TextView:
+    """Returns what builds a declared text view for a tower with this tokenizer.
+
+    `view.index` picks a caption (line or list entry) in a plain view that names a field or a later caption;
+    in other recipes it only numbers the views. Raises ConfigError for an unknown recipe.
+    """
+    if view.recipe not in TEXT_RECIPES:
+        raise ConfigError(
+            f"view {view.name!r}: no text recipe is called {view.recipe!r}",
+            suggestion(view.recipe, TEXT_RECIPES),
+        )
+    picks = view.recipe == "" and (view.field is not None or view.index > 0)
+    return TextView(
+        name=view.name,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        trim=trim,
+        recipe=view.recipe,
+        field=view.field,
+        index=view.index if picks else None,
+        optional=view.optional,
+    )

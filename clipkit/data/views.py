@@ -1,4 +1,4 @@
-"""Views: how an image becomes the uint8 pixels of one size that a tower reads."""
+"""Image views: how an image becomes the uint8 pixels of one size that a tower reads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipkit.data.augment import augmented
+from clipkit.data.recipes import Augment, find_looks, read_recipes
 from clipkit.data.sample import WHITE, as_rgb
-from clipkit.types import ConfigError
+from clipkit.types import ConfigError, View
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _TRIES = 10
 _DEFAULT_SCALE = (0.9, 1.0)
+SIZE_MULTIPLE = 8  # of views smaller than the tower's size
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class ImageView:
     background   the colour under transparent images, white by default: a plain conversion to RGB shows
                  whatever colour is stored below the transparency, usually black
     resize_mode  "shortest" (resize, centre crop), "longest" (resize, pad with fill_color) or "squash"
+    augment      what happens to the image at this size, drawn after the crop from the same generator
     """
 
     name: str = "image"
@@ -42,6 +46,7 @@ class ImageView:
     interpolation: str = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill_color: int = 0
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in _FILTERS:
@@ -77,6 +82,8 @@ class ImageView:
     def __call__(self, image: Image.Image) -> Tensor:
         image = as_rgb(image, self.background)
         image = self._random_crop(image) if self.train else self._evaluation(image)
+        if self.augment is not None:
+            image = augmented(image, self.augment)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
@@ -111,6 +118,46 @@ class ImageView:
         w, h = _resized(image.size, self.size, self.resize_mode)
         image = image.resize((w, h), resample) if (w, h) != image.size else image
         return _centre(image, self.size, self.fill_color)
+
+
+def image_view(
+    view: View,
+    preprocess_cfg: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None = None,
+    crop_scale: tuple[float, float] | None = None,
+    recipes: Mapping[str, Any] | None = None,
+) -> ImageView:
+    """Returns what builds a declared view for a tower with this open_clip preprocess_cfg.
+
+    size        (height, width) of the tower's input, the preprocess_cfg's without it
+    crop_scale  of recipes that keep the default crop; None: settled by the number of pairs
+    recipes     the user's own: name -> values (see `read_recipes`)
+    Raises ConfigError for an unknown recipe or key, naming the nearest known one.
+    """
+    if view.optional:
+        raise ConfigError(
+            f"image view {view.name!r} is declared optional",
+            "only text views can be; samples without an image are replaced",
+        )
+    looks = find_looks(view.recipe, read_recipes(recipes), f"view {view.name!r}")
+    look = looks[min(view.index, len(looks) - 1)]
+    built = ImageView.from_preprocess(
+        preprocess_cfg,
+        name=view.name,
+        scale=look.crop or crop_scale,
+        ratio=look.ratio,
+        train=not look.evaluation,
+        augment=None if look.augment == Augment() else look.augment,
+    )
+    height, width = size or built.size
+    return replace(built, size=(_share(height, look.size), _share(width, look.size)))
+
+
+def _share(pixels: int, share: float) -> int:
+    if share == 1.0:
+        return pixels
+    return min(pixels, max(1, round(pixels * share / SIZE_MULTIPLE)) * SIZE_MULTIPLE)
 
 
 def _resized(size: tuple[int, int], target: tuple[int, int], mode: str) -> tuple[int, int]:

@@ -61,7 +61,7 @@ class WindowReader:
         refused: list[tuple[RawSample, int, Unusable]] = []
         for sample_id, sample in self._candidates(window, at):
             try:
-                image, caption = self.recipe.prepare(sample)
+                content = self.recipe.prepare(sample)
             except Unusable as problem:
                 refused.append((sample, sample_id, problem))
                 if len(refused) >= self.max_consecutive:
@@ -69,7 +69,7 @@ class WindowReader:
                 continue
             # Only the slot's own sample: those passed over after it are counted in their own slots.
             rejects = tuple(self._reject(first, slot, sample.key) for first in refused[:1])
-            return Row(slot, sample_id, sample.key, image, caption, rejects)
+            return Row(slot, sample_id, sample.key, content, rejects)
         sample, sample_id, why = refused[0]
         raise DataError(
             f"{len(refused)} unusable samples in a row, the first: {sample.key} in {self._shard(sample_id)} "
@@ -110,9 +110,22 @@ class WindowReader:
         return _Loaded(window.start, window.ids.tolist(), samples)
 
     def _read(self, shard: int, first: int, count: int) -> dict[int, RawSample]:
-        """The samples first..first+count of a shard, by id, with one read."""
-        stored, number, begin, end = self.index.span(shard, first, first + count - 1)
-        chunk = self._source.read(shard, begin, end)
-        parsed = parse_chunk(chunk, number, self.index.shards[shard], begin)
-        first_id = int(self.index.first_id[shard])
-        return {first_id + at: parsed[at - stored] for at in range(first, first + count)}
+        return read_samples(self.index, self._source, shard, first, count)
+
+
+def read_samples(
+    index: Index, source: LocalShards, shard: int, first: int, count: int
+) -> dict[int, RawSample]:
+    """Returns samples first..first+count of a shard by id, with one read."""
+    stored, number, begin, end = index.span(shard, first, first + count - 1)
+    chunk = source.read(shard, begin, end)
+    parsed = parse_chunk(chunk, number, index.shards[shard], begin)
+    first_id = int(index.first_id[shard])
+    return {first_id + at: parsed[at - stored] for at in range(first, first + count)}
+
+
+def first_samples(index: Index) -> Iterator[RawSample]:
+    """Yields the samples in the order of the shards, each with a read of its own."""
+    source = LocalShards(index.shards)
+    for sample_id in range(index.num_samples):
+        yield read_samples(index, source, *index.locate(sample_id), 1)[sample_id]

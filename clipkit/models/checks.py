@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
@@ -109,3 +110,27 @@ def settle_trim(
                 difference = float((part - whole[row : row + 1]).abs().max())
                 return None, off + f"{length} and {tokens.shape[1]} tokens differ by {difference:.2g}"
     return trim, ""
+
+
+@torch.no_grad()
+def takes_any_size(tower: nn.Module, picture: Tensor) -> bool:
+    """Returns whether the image tower reads `picture` (1, 3, H, V) at half its size as well."""
+    if not isinstance(tower, TimmModel):
+        return False  # positional embeddings of one size
+    half = nn.functional.interpolate(picture, scale_factor=0.5)
+    try:
+        tower(half)
+    except (RuntimeError, ValueError, AssertionError):
+        # timm says no in many words; which ones is its own affair.
+        return False
+    return True
+
+
+def draws_random_numbers(tower: nn.Module) -> bool:
+    """Returns whether the tower drops units, paths or patches while training."""
+    for module in tower.modules():
+        if "Drop" in type(module).__name__:
+            rates = [getattr(module, name, 0.0) for name in ("p", "prob", "drop_prob")]
+            if any(isinstance(rate, float) and rate > 0 for rate in rates):
+                return True
+    return False

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batch of all ranks.
+"""Heads, and the batch normalisation over the batch of all ranks that they use. Imports torch alone.
 
 torch's SyncBatchNorm refuses CPU tensors, so the statistics travel through `clipkit.dist` with autograd.
 """
@@ -6,12 +6,9 @@ torch's SyncBatchNorm refuses CPU tensors, so the statistics travel through `cli
 from __future__ import annotations
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipkit.dist import World, all_reduce_sum
-from clipkit.types import ConfigError
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -59,53 +56,23 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
 
 
-class GlobalBatchNormAct(GlobalBatchNorm):
-    """timm's BatchNormAct2d (normalise, drop, activate) with the statistics of the global batch."""
+def mlp_head(width: int, hidden: int, out: int, layers: int = 2, last_norm: bool = False) -> nn.Sequential:
+    """Returns a head (B, width) -> (B, out): `layers` linear maps, GlobalBatchNorm and ReLU between them.
 
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the normalised and activated input, same shape and dtype."""
-        return self.act(self.drop(super().forward(input)))
-
-
-def batchnorm_layers(module: nn.Module) -> list[str]:
-    """Returns the names of the BatchNorm layers inside `module`."""
-    return [name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
-
-
-def convert_batchnorm(module: nn.Module) -> int:
-    """Replaces every BatchNorm layer inside `module`, in place, sharing its tensors; returns how many.
-
-    Raises ConfigError for a kind of BatchNorm whose forward is not known.
+    last_norm adds a GlobalBatchNorm without scale and shift behind the last map (SimCLR, BYOL v2, MoCo v3);
+    linear maps before a norm have no bias. hidden 0 or layers 1: a single linear map.
     """
-    known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
-    count = 0
-    for name, child in list(module.named_children()):
-        if isinstance(child, _BatchNorm):
-            if isinstance(child, GlobalBatchNorm):
-                continue
-            if type(child) not in known:
-                raise ConfigError(
-                    f"BatchNorm of unknown type {type(child).__name__} cannot share statistics across ranks",
-                    "freeze this tower (freeze: trunk) or choose one without it",
-                )
-            setattr(module, name, _converted(child))
-            count += 1
-        else:
-            count += convert_batchnorm(child)
-    return count
-
-
-def _converted(layer: _BatchNorm) -> GlobalBatchNorm:
-    kind = GlobalBatchNormAct if isinstance(layer, BatchNormAct2d) else GlobalBatchNorm
-    new = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-    for name, parameter in layer.named_parameters(recurse=False):
-        setattr(new, name, parameter)
-    for name, buffer in layer.named_buffers(recurse=False):
-        setattr(new, name, buffer)
-    for name, child in layer.named_children():
-        setattr(new, name, child)
-    new.training = layer.training
-    return new
+    if not hidden:
+        layers = 1
+    modules: list[nn.Module] = []
+    for number in range(layers):
+        last = number == layers - 1
+        target = out if last else hidden
+        normed = not last or last_norm
+        modules.append(nn.Linear(width, target, bias=not normed))
+        if normed:
+            modules.append(GlobalBatchNorm(target, affine=not last))
+        if not last:
+            modules.append(nn.ReLU(inplace=True))
+        width = target
+    return nn.Sequential(*modules)

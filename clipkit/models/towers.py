@@ -12,8 +12,15 @@ from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 
 from clipkit.models.architecture import complete_preprocess, construct, resolve
-from clipkit.models.checks import CHECK_CAPTIONS, check_cut, check_tokenizer, settle_trim
-from clipkit.models.heads import batchnorm_layers, convert_batchnorm
+from clipkit.models.batchnorm import batchnorm_layers, convert_batchnorm
+from clipkit.models.checks import (
+    CHECK_CAPTIONS,
+    check_cut,
+    check_tokenizer,
+    draws_random_numbers,
+    settle_trim,
+    takes_any_size,
+)
 from clipkit.models.tokenizer import Tokenizer, build_tokenizer
 from clipkit.models.trunk import Cut, cut_image, cut_text, normalised
 from clipkit.models.weights import (
@@ -58,6 +65,7 @@ class Towers(nn.Module):
     model_cfg, preprocess_cfg   what the export writes; JSON-able
     embed_dim, image_size (height, width), context_length, image_trunk_dim, text_trunk_dim
     tokenizer       picklable, offline; tokenizer_spec says where it came from, JSON-able
+    fixed_size      whether images of another size are resized before the image tower
     frozen          {"image", "text"} -> "", "trunk" or "all"
     text_trim       "argmax", a padding id, or None when texts must keep their full length
     notes           lines for the banner
@@ -88,10 +96,20 @@ class Towers(nn.Module):
         self.image_trunk_dim, self.text_trunk_dim = self._image_cut.dim, self._text_cut.dim
         self.text_trim: str | int | None = None
         self.notes: list[str] = [cut.note for cut in (self._image_cut, self._text_cut) if cut.note]
+        self.fixed_size = True
         self.frozen = {"image": "", "text": ""}
         for name in ("mean", "std"):
             values = torch.tensor(preprocess_cfg[name], dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(f"image_{name}", values, persistent=False)
+
+    @property
+    def stochastic(self) -> frozenset[str]:
+        """The towers ("image", "text") that train and draw random numbers while they do."""
+        return frozenset(
+            part
+            for part in ("image", "text")
+            if self.frozen[part] != "all" and draws_random_numbers(self.part(part)[1])
+        )
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -109,6 +127,9 @@ class Towers(nn.Module):
             raise TypeError(f"pixels must be uint8 (normalisation happens here), got {pixels.dtype}")
         # The order of operations of torchvision's ToTensor and Normalize, for equality to the last bit.
         x = pixels.to(self.image_mean.dtype).div(255).sub(self.image_mean).div(self.image_std)
+        if self.fixed_size and tuple(x.shape[-2:]) != self.image_size:
+            # Small crops of multi-crop: a tower with absolute positions reads one size only.
+            x = nn.functional.interpolate(x, self.image_size, mode="bilinear", align_corners=False)
         return self._embed(self.clip.visual, self._image_cut, self.frozen["image"], x)
 
     def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +138,26 @@ class Towers(nn.Module):
         if length > self.context_length or (length < self.context_length and self.text_trim is None):
             raise ValueError(f"texts of {length} tokens: this tower needs exactly {self.context_length}")
         return self._embed(self.clip.text, self._text_cut, self.frozen["text"], tokens)
+
+    def embed(self, images: dict[str, Tensor], texts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns {"trunk.<view>": (B, F), "joint.<view>": (B, D)} of all views.
+
+        Views of one shape go through a tower together: one kernel launch, and one set of BatchNorm
+        statistics over all views, as SimCLR has it.
+        """
+        found: dict[str, Tensor] = {}
+        for views, encode in ((images, self.image), (texts, self.text)):
+            groups: dict[torch.Size, list[str]] = {}
+            for name, x in views.items():
+                groups.setdefault(x.shape[1:], []).append(name)
+            for names in groups.values():
+                rows = [views[name] for name in names]
+                trunk, joint = encode(rows[0] if len(rows) == 1 else torch.cat(rows))
+                for number, name in enumerate(names):
+                    first = number * len(rows[0])
+                    part = slice(first, first + len(rows[0]))
+                    found[f"trunk.{name}"], found[f"joint.{name}"] = trunk[part], joint[part]
+        return found
 
     def _embed(self, tower: nn.Module, cut: Cut, frozen: str, x: Tensor) -> tuple[Tensor, Tensor]:
         grad = torch.is_grad_enabled()
@@ -279,6 +320,7 @@ def _check(towers: Towers) -> None:
     height, width = towers.image_size
     picture = torch.arange(3 * height * width, dtype=torch.float32).view(1, 3, height, width).sin()
     check_cut("image", *towers.part("image")[1:], picture, towers.embed_dim)
+    towers.fixed_size = not takes_any_size(towers.clip.visual, picture)
     check_tokenizer(towers.clip.text, towers.tokenizer)
     tokens = towers.tokenizer(CHECK_CAPTIONS)
     full = towers.tokenizer([*CHECK_CAPTIONS, "word " * towers.context_length])

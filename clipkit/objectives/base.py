@@ -1,17 +1,19 @@
-"""The contract of an objective, and how a configuration becomes a weighted list of them."""
+"""The contract of an objective: what it declares, what it maps, what it does after a step."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipkit.types import ConfigError, Embeddings, Needs
+
+MAX_LOG_SCALE = math.log(100.0)
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,36 @@ class Scale:
     bias: float | None = None
 
 
+@dataclass(frozen=True)
+class Widths:
+    """What an objective may know of the towers: widths, and which towers draw random numbers in training.
+
+    trunk       tower name -> F
+    joint       D
+    stochastic  towers with active dropout (of units, attention or patches)
+    """
+
+    trunk: Mapping[str, int]
+    joint: int
+    stochastic: frozenset[str] = field(default_factory=frozenset)
+
+
 class Objective(nn.Module):
     """Maps the embeddings of this rank's rows to one scalar, in nats or the objective's own unit.
 
     An objective owns its heads, queue and momentum head as submodules and persistent buffers. `needs`
-    says which views the loader must build; `scale` says how the shared temperature starts, None when
-    the objective does not read it. Options are the keyword arguments of `__init__`.
+    says which views, teachers, labels and stored vectors it reads; `scale` says how the shared temperature
+    starts, None when the objective does not read it. Both may be set per instance. Options are the keyword
+    arguments of `__init__`, which calls `super().__init__()` first, as every nn.Module does.
     """
 
-    needs: ClassVar[Needs] = Needs()
-    scale: ClassVar[Scale | None] = None
+    needs: Needs = Needs()
+    scale: Scale | None = None
+    # Part of the value is held constant on purpose: finite differences see more than backward.
+    stops_gradient: bool = False
+
+    def build(self, widths: Widths) -> None:
+        """Creates heads, queues and other state; runs once, when the towers exist."""
 
     def forward(self, e: Embeddings) -> Tensor | dict[str, Tensor]:
         """Returns the mean over THIS rank's anchors against ALL gathered candidates.
@@ -40,38 +62,34 @@ class Objective(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define forward(embeddings)")
 
+    def chance(self, rows: int) -> float | None:
+        """Returns the loss of a global batch of `rows` whose embeddings are all equal; None: no such value.
+
+        A loss that stays there has learned nothing.
+        """
+        return None
+
     def after_step(self) -> None:
         """Runs after an optimizer step that was taken: enqueue, momentum, normalise prototypes."""
 
 
-def build_objectives(
-    entries: Sequence[Mapping[str, Any]], registry: Mapping[str, type[Objective]]
-) -> dict[str, tuple[Objective, float]]:
-    """Returns label -> (objective, weight) in the order of the configuration.
+class OwnScale(nn.Module):
+    """A temperature that belongs to one objective: trained, clamped like the shared one, not exported."""
 
-    A repeated name gets the labels `clip`, `clip_2`, ...  Raises ConfigError for an unknown name, for an
-    unknown option, and for options of the wrong value, naming the nearest valid word.
-    """
-    built: dict[str, tuple[Objective, float]] = {}
-    for entry in entries:
-        options = dict(entry)
-        name, weight = str(options.pop("name")), float(options.pop("weight", 1.0))
-        if name not in registry:
-            near = difflib.get_close_matches(name, registry, n=1)
-            hint = f"did you mean `{near[0]}`? " if near else ""
-            raise ConfigError(f"unknown objective `{name}`", f"{hint}known: {', '.join(sorted(registry))}")
-        known = [word for word in inspect.signature(registry[name].__init__).parameters if word != "self"]
-        for word in options:
-            if word not in known:
-                raise ConfigError(
-                    f"objective `{name}` has no option `{word}`",
-                    f"options of `{name}`: {', '.join(known) or 'none'}",
-                )
-        count = 1 + sum(label == name or label.startswith(f"{name}_") for label in built)
-        built[name if count == 1 else f"{name}_{count}"] = (registry[name](**options), weight)
-    if not built:
-        raise ConfigError("the list `objectives` is empty", "add one, e.g. objectives: [{name: clip}]")
-    return built
+    def __init__(self, start: Scale) -> None:
+        super().__init__()
+        # Shape (1,): sharded training refuses parameters without dimensions.
+        self.log_scale = nn.Parameter(torch.full((1,), start.log_scale))
+        self.bias = None if start.bias is None else nn.Parameter(torch.full((1,), start.bias))
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Returns (scale (1,), bias (1,) or None)."""
+        return self.log_scale.exp(), self.bias
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keeps the log-scale inside [0, log 100], in place."""
+        self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
 
 def shared_scale(objectives: Mapping[str, tuple[Objective, float]]) -> Scale:
@@ -80,6 +98,44 @@ def shared_scale(objectives: Mapping[str, tuple[Objective, float]]) -> Scale:
     if len(set(wanted.values())) > 1:
         raise ConfigError(
             f"objectives {', '.join(wanted)} start the shared temperature differently",
-            "train them in separate runs, or keep only one of them",
+            "give all but one of them `own_scale: true`, or train them in separate runs",
         )
     return next(iter(wanted.values()), Scale())
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
+    """Returns an option of an objective as a float; raises ConfigError outside low..high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ConfigError(f"{name} is {value!r}", f"give a number {bounds}")
+    return float(value)
+
+
+def read_options(name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `defaults` updated by the option `name`, a mapping with the same keys; raises ConfigError."""
+    if given is None:
+        return dict(defaults)
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name} is {given!r}", f"write a mapping with some of: {', '.join(defaults)}")
+    for key in given:
+        if key not in defaults:
+            near = difflib.get_close_matches(str(key), defaults, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            raise ConfigError(f"{name} has no key `{key}`", f"{hint}known: {', '.join(defaults)}")
+    return {**defaults, **given}
+
+
+def check_count(name: str, value: int, low: int) -> int:
+    """Returns an option of an objective that is a whole number of at least `low`; raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} is {value!r}", f"give a whole number of at least {low}")
+    return value
+
+
+def check_choice(name: str, value: Any, known: Sequence[str]) -> Any:
+    """Returns an option of an objective that is one of the words `known`; raises ConfigError."""
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{name} is {value!r}", f"{hint}known: {', '.join(known)}")
+    return value

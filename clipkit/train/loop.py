@@ -22,6 +22,7 @@ from clipkit.train.evaluate import evaluate
 from clipkit.train.setup import Run
 from clipkit.train.state import TrainState, save
 from clipkit.train.step import StepResult, step
+from clipkit.train.watch import Watch
 from clipkit.types import Batch, ClipkitError, Reject
 
 MAX_FAILED_SAVES = 3
@@ -63,8 +64,12 @@ class Loop:
     failed_saves: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    watch: Watch = field(init=False)
     evaluated_step: int = -1
     evaluated_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.run.bare, self.run.config.data.batch_size, self.log)
 
     def train(self, continue_rng: Callable[[], None]) -> None:
         """Runs from the state's step to the last one; `continue_rng` restores the generators."""
@@ -81,7 +86,7 @@ class Loop:
             now = time.perf_counter()
             self.state.seconds += now - began
             began = now
-            self._log(result)
+            self._log(result, batch)
             self._housekeep(batch.rejects)
             asked = time.perf_counter()
         self._finish()
@@ -100,9 +105,10 @@ class Loop:
             progress=state.step / run.total_steps,
             micro_batch=run.micro_batch,
             clip_norm=config.optim.clip_norm,
+            inspect=(state.step + 1) % config.run.diagnose_every == 0,
         )
         if result.taken:
-            run.bare.after_step(state.step)
+            run.bare.after_step(state.step, state.step / run.total_steps)
         elif run.accelerator.scaler is None:
             self._refuse_non_finite(result, batch)
         else:
@@ -121,11 +127,13 @@ class Loop:
             "lower optim.lr or lengthen optim.warmup, then run again: the last checkpoint is intact",
         )
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, result: StepResult, batch: Batch) -> None:
         state, run = self.state, self.run
+        if result.seen:
+            self.watch.look(state.step, batch, result.seen, result.terms)
         if state.step % run.config.run.log_every and state.step < run.total_steps:
             return
-        names = list(result.terms)
+        names = [name for name in result.terms if not name.startswith("gradient/")]
         totals = dist.agree([float(result.terms[name]) for name in names], "sum")
         record: dict[str, float | int | str] = {
             "step": state.step,
@@ -142,6 +150,7 @@ class Loop:
         if run.bare.towers.logit_bias is not None:
             record["logit_bias"] = float(run.bare.towers.logit_bias.detach())
         self.log.step(record)
+        self.watch.record(state.step, record)
 
     def _housekeep(self, rejects: Sequence[Reject]) -> None:
         run, state, config = self.run, self.state, self.run.config.run

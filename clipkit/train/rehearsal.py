@@ -57,7 +57,7 @@ def rehearse(run: Run) -> dict[str, Any]:
             micro_batch=run.micro_batch,
             clip_norm=run.config.optim.clip_norm,
         )
-        run.bare.after_step(0)
+        run.bare.after_step(0, 0.0)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
     # The first step pays for worker start, allocation and kernel selection.

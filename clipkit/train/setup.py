@@ -20,14 +20,14 @@ from clipkit import optim
 from clipkit.config import Config, check_schedule
 from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import CaptionField, LoaderOptions, Source
-from clipkit.data.text import TextView
-from clipkit.data.views import ImageView
 from clipkit.dist import World
-from clipkit.learner import Learner, freeze_unused
+from clipkit.learner import Learner, freeze_unused, needs_of
 from clipkit.models.ema import WeightEMA
+from clipkit.models.teachers import Teachers
 from clipkit.models.towers import TowerOptions, Towers, build
 from clipkit.objectives import OBJECTIVES, build_objectives, shared_scale
-from clipkit.types import Batch, ConfigError
+from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, teacher_notes, widths_of
+from clipkit.types import ConfigError, Needs
 
 EMA_BELOW_SAMPLES = 20_000_000
 EMA_DECAY = 0.999
@@ -116,11 +116,17 @@ def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
         micro_batch=config.data.micro_batch is not None,
         tokenizer=model.tokenizer,
     )
+    # Their heads are as wide as the towers, which did not exist before they had said how the scale starts.
+    widths = widths_of(towers)
+    for part, _ in objectives.values():
+        part.build(widths)
     return towers, objectives
 
 
-def open_stream(config: Config, towers: Towers, world: World, saved: dict[str, Any] | None) -> TrainStream:
-    """Returns the training data of the configuration for this rank."""
+def open_stream(
+    config: Config, views: Views, needs: Needs, world: World, saved: dict[str, Any] | None
+) -> TrainStream:
+    """Returns the training data of the configuration for this rank: what `needs` declares and no more."""
     data = config.data
     source = data.train[0]
     options = LoaderOptions(
@@ -138,10 +144,9 @@ def open_stream(config: Config, towers: Towers, world: World, saved: dict[str, A
         allow_pipe=data.allow_pipe,
         start_method=data.start_method,
     )
-    text = TextView(tokenizer=towers.tokenizer, context_length=towers.context_length, trim=towers.text_trim)
-
-    image = ImageView.from_preprocess(towers.preprocess_cfg, scale=data.crop_scale)
-    return open_train(options, [image], [text], world, saved=saved)
+    return open_train(
+        options, views.images, views.texts, world, saved=saved, labels=needs.labels, stored=needs.stored
+    )
 
 
 def bf16_slowdown(device: torch.device) -> float:
@@ -157,15 +162,6 @@ def bf16_slowdown(device: torch.device) -> float:
         x @ x
         seconds.append(time.perf_counter() - began)
     return seconds[0] / seconds[1]
-
-
-def fake_batch(towers: Towers, rows: int = 2) -> Batch:
-    """Returns a batch of noise images and two captions, to see which parameters get a gradient."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (rows, 3, *towers.image_size), generator=generator, dtype=torch.uint8)
-    texts = towers.tokenizer([f"a photo of number {row}" for row in range(rows)])
-    numbers = torch.arange(rows)
-    return Batch({"image": images}, {"text": texts}, numbers, numbers, tuple(map(str, range(rows))))
 
 
 def make_optimizer(config: Config, learner: Learner) -> torch.optim.AdamW:
@@ -215,12 +211,16 @@ def prepare(
     check_world(config, world)
     seed_everything(config.run.seed)
     towers, objectives = build_towers(config)
-    stream = open_stream(config, towers, world, saved)
+    needs = needs_of(part for part, _ in objectives.values())
+    teachers = build_teachers(needs, towers)
+    views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
+    stream = open_stream(config, views, needs, world, saved)
     decay = wants_ema(config, stream.num_samples)
-    learner = Learner(towers, objectives, None if decay is None else WeightEMA(towers, decay))
+    ema = None if decay is None else WeightEMA(towers, decay)
+    learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
     learner.train()
-    unused = freeze_unused(learner, fake_batch(towers))
-    notes = list(towers.notes)
+    unused = freeze_unused(learner, fake_batch(learner, views, stream.stored_widths))
+    notes = [*towers.notes, *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers))]
     if unused:
         notes.append(f"without gradient, frozen and left out of the optimizer: {', '.join(unused)}")
     if config.run.precision == "bf16" and accelerator.device.type == "cpu":

@@ -18,6 +18,7 @@ from clipkit.checkpoint import (
 )
 from clipkit.data.rejects import RejectBudget
 from clipkit.train.setup import Run
+from clipkit.types import ConfigError
 
 LOGS = ("metrics.jsonl", "rejects.jsonl")
 
@@ -42,6 +43,7 @@ def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudg
             "preprocess_cfg": towers.preprocess_cfg,
             "tokenizer": towers.tokenizer_spec,
             "rejects": budget.state(),
+            "teachers": fingerprints(run),
             "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
             "logs": log_lengths(run.folder, LOGS),
         },
@@ -60,12 +62,23 @@ def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudg
     )
 
 
+def fingerprints(run: Run) -> dict[str, str]:
+    """Returns what identifies the weights of the run's fixed teachers."""
+    return {} if run.bare.teachers is None else run.bare.teachers.fingerprints
+
+
 def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
     """Changes the run to what the checkpoint holds and cuts its logs back; returns where it stands.
 
     Random states are restored by the caller, after iterators exist.
     """
     trainer = found.document("trainer")
+    for name, digest in trainer.get("teachers", {}).items():
+        if fingerprints(run).get(name) != digest:
+            raise ConfigError(
+                f"the teacher {name} has other weights than the ones this run began with",
+                "bring back the model it was, or start a new run directory",
+            )
     run.stream.check_state(found.document("data"))
     load_module_tensors(run.bare, found.tensors("model"))
     load_optimizer_tensors(

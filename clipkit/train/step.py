@@ -7,7 +7,7 @@ arXiv:2101.06983). Plain gradient accumulation would shrink the set of negatives
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,24 +21,33 @@ from clipkit.types import Batch
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found: named terms (), the gradient norm before clipping, and whether weights moved."""
+    """What one step found: named terms (), the gradient norm before clipping, and whether weights moved.
+
+    seen: with `inspect`, this rank's embeddings by name, such as "joint.image" (B, D).
+    """
 
     terms: dict[str, Tensor]
     grad_norm: Tensor
     taken: bool
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
 
 def full_backward(
-    learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float
+    learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float, inspect: bool = False
 ) -> dict[str, Tensor]:
     """Fills the gradients from one forward of the whole batch; returns the terms."""
-    outputs = learner("full", **inputs_of(batch), extras=extras_of(batch), progress=progress)
+    outputs = learner("full", **inputs_of(batch), extras=extras_of(batch), progress=progress, inspect=inspect)
     accelerator.backward(outputs["loss"])
     return outputs
 
 
 def cached_backward(
-    learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float, micro_batch: int
+    learner: nn.Module,
+    accelerator: Accelerator,
+    batch: Batch,
+    progress: float,
+    micro_batch: int,
+    inspect: bool = False,
 ) -> dict[str, Tensor]:
     """Fills the gradients of the whole batch with at most `micro_batch` samples in flight; returns the terms.
 
@@ -51,12 +60,15 @@ def cached_backward(
     with torch.no_grad():
         for piece in pieces:
             states.append(capture_rng())
-            embedded.append(learner("embed", **inputs_of(piece)))
-    leaves = {
-        name: torch.cat([part[name] for part in embedded]).detach().requires_grad_() for name in embedded[0]
-    }
+            embedded.append(learner("embed", **inputs_of(piece), teach=True))
+    leaves = {name: torch.cat([part[name] for part in embedded]).detach() for name in embedded[0]}
+    for name, leaf in leaves.items():
+        # What teachers say has no graph to send a cotangent into.
+        leaf.requires_grad_(not name.startswith("teacher."))
     with accelerator.no_sync(learner):
-        outputs = learner("score", embeddings=leaves, extras=extras_of(batch), progress=progress)
+        outputs = learner(
+            "score", embeddings=leaves, extras=extras_of(batch), progress=progress, inspect=inspect
+        )
         accelerator.backward(outputs["loss"])
     after = capture_rng()
     cotangents = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -87,16 +99,18 @@ def step(
     progress: float = 0.0,
     micro_batch: int | None = None,
     clip_norm: float | None = None,
+    inspect: bool = False,
 ) -> StepResult:
     """Changes the weights by one optimizer step over the global batch; returns what it found.
 
     `learner` is the prepared module, `batch` holds this rank's rows. The caller runs `after_step` when the
-    step was taken (fp16 skips steps whose scaled gradient overflows).
+    step was taken (fp16 skips steps whose scaled gradient overflows). `inspect` adds the embeddings and, per
+    term, "gradient/<label>"; it changes nothing of the step.
     """
     if micro_batch is not None and micro_batch < len(batch):
-        outputs = cached_backward(learner, accelerator, batch, progress, micro_batch)
+        outputs = cached_backward(learner, accelerator, batch, progress, micro_batch, inspect)
     else:
-        outputs = full_backward(learner, accelerator, batch, progress)
+        outputs = full_backward(learner, accelerator, batch, progress, inspect)
     limit = float("inf") if clip_norm is None else clip_norm
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, limit)
@@ -107,4 +121,6 @@ def step(
         optimizer.step()
     taken = finite and not (scaled and accelerator.optimizer_step_was_skipped)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult({name: x.detach() for name, x in outputs.items()}, norm.detach(), taken)
+    seen = {name[10:]: x for name, x in outputs.items() if name.startswith("embedding.")}
+    terms = {name: x.detach() for name, x in outputs.items() if not name.startswith("embedding.")}
+    return StepResult(terms, norm.detach(), taken, seen)

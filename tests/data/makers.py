@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,13 @@ def png(number: int, size: int = 8) -> bytes:
 def good(number: int) -> Members:
     """The members of a whole sample."""
     return [(f"{number:06d}.png", png(number)), (f"{number:06d}.txt", f"caption {number}".encode())]
+
+
+def npy(values: NDArray[Any]) -> bytes:
+    """An array in the .npy format."""
+    out = io.BytesIO()
+    np.save(out, values, allow_pickle=False)
+    return out.getvalue()
 
 
 def write_tar(path: Path, samples: Iterable[Members], mode: str = "w") -> Path:
@@ -115,7 +123,13 @@ def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
         and a.rejects == b.rejects
         and torch.equal(a.ids, b.ids)
         and torch.equal(a.slots, b.slots)
-        and all(torch.equal(a.images[name], b.images[name]) for name in a.images)
-        and all(torch.equal(a.texts[name], b.texts[name]) for name in a.texts)
+        and all(
+            mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+            for mine, other in zip(_parts(a), _parts(b), strict=True)
+        )
         for a, b in zip(left, right, strict=True)
     )
+
+
+def _parts(batch: Batch) -> list[dict[str, Tensor]]:
+    return [batch.images, batch.texts, batch.labels, batch.stored, batch.present]

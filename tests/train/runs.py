@@ -47,6 +47,16 @@ def trace(folder: Path) -> dict[int, str]:
     return found
 
 
+def columns(folder: Path) -> dict[str, list[Any]]:
+    """Returns the values of every name in the step records of metrics.jsonl, in step order."""
+    found: dict[str, list[Any]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name, value in record.items() if "loss" in record else ():
+            found.setdefault(name, []).append(value)
+    return found
+
+
 def losses(folder: Path) -> list[float]:
     """Returns the losses in step order."""
     return [float.fromhex(value) for _, value in sorted(trace(folder).items())]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Ranks
-from tests.train.runs import losses, trace, train, values, weights
+from tests.objectives.entries import ENTRIES
+from tests.train.runs import columns, losses, trace, train, values, weights
 from tests.train.test_one_big_batch import model
 
 STEPS = 24
@@ -75,3 +76,22 @@ def test_a_finished_run_only_exports_again(tiny_shards: Path, tmp_path: Path) ->
     (again,) = Ranks(1, train, config).values()
     assert again["steps"] == 4
     assert trace(tmp_path / "run") == before
+
+
+def test_queues_averages_and_prototypes_continue_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> None:
+    objectives = [ENTRIES[name] for name in ("clip", "moco", "pcl", "byol", "swav, queue")]
+    # They read one average, so they must mean the same by it.
+    objectives[3] = {**objectives[3], "schedule": "constant"}
+    straight, broken = (values(tiny_shards, tmp_path / name) for name in ("straight", "broken"))
+    straight["objectives"] = broken["objectives"] = objectives
+    Ranks(2, train, straight).values()
+    for step in (7, 16):
+        kill_at(broken, 2, step)
+    Ranks(2, train, broken).values()
+    assert trace(tmp_path / "broken") == trace(tmp_path / "straight")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
+    found = columns(tmp_path / "straight")
+    terms = {"loss/clip", "loss/moco", "loss/pcl", "loss/byol", "loss/swav"}
+    assert terms == {name for name in found if name.startswith("loss/")}
+    assert found["queue_filled/moco"][0] == 0.0
+    assert found["queue_filled/moco"][-1] == 1.0

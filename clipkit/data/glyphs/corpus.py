@@ -45,7 +45,7 @@ from clipkit.data.shards import (
 )
 from clipkit.types import ConfigError, DataError
 
-VERSION = 1  # of the drawing: raise it whenever the same seed would give other bytes
+VERSION = 2  # of the drawing: raise it whenever the same seed would give other bytes
 CAPTIONS_PER_SCENE = 4
 COUNT_CAPTION_EVERY = 24  # one sample in so many is trained on its number of glyphs alone
 SAMPLES_PER_SHARD = 2_000
@@ -80,12 +80,37 @@ def train_scene(seed: int, number: int, size: int) -> Sample:
         "arrangement": scene.arrangement,
         "background": scene.background,
         "face": scene.face,
+        "hard": hard_captions(scene, Draws("hard", seed, number)),
     }
     image = draw_png(scene, draws, size)
     texts = captions(scene, draws, CAPTIONS_PER_SCENE)
     if draws.below(COUNT_CAPTION_EVERY) == 0:
         texts = (count_caption(scene, draws), *texts[1:])
     return Sample(f"{number:07d}", image, "png", texts, fields)
+
+
+def hard_captions(scene: Scene, draws: Draws) -> list[str]:
+    """Returns two captions that are wrong for the scene: colours exchanged, and order exchanged.
+
+    Empty unless there are two glyphs that differ in shape and colour, and the exchange names no held-out
+    pair. Draws of their own: what else is drawn of a sample stays as it is.
+    """
+    if len(scene.glyphs) != 2:
+        return []
+    recoloured, reordered = exchanged(scene)
+    first, second = scene.glyphs
+    if first.colour == second.colour or first.shape == second.shape:
+        return []
+    if any(is_unseen_pair(shape, colour) for shape, colour in _pairs(recoloured)):
+        return []
+    return [word(other, draws.below(NUM_WORDINGS[2]), draws) for other in (recoloured, reordered)]
+
+
+def exchanged(scene: Scene) -> tuple[Scene, Scene]:
+    """Returns a scene of two glyphs with their colours exchanged, and with their places exchanged."""
+    first, second = scene.glyphs
+    recoloured = (replace(first, colour=second.colour), replace(second, colour=first.colour))
+    return replace(scene, glyphs=recoloured), replace(scene, glyphs=(second, first))
 
 
 def make_scenes(
@@ -247,17 +272,10 @@ def _compose(name: str, count: int, seed: int, size: int) -> Iterator[Evaluation
     for number in range(count):
         draws = Draws(name, seed, number)
         scene = _until(draws, _can_be_swapped, 2, {})
-        first, second = scene.glyphs
-        if name == "compositional_colour":
-            other = (replace(first, colour=second.colour), replace(second, colour=first.colour))
-        else:
-            other = (second, first)
+        other = exchanged(scene)[name != "compositional_colour"]
         wording = draws.below(NUM_WORDINGS[2])
         # The same draws for both captions: they differ in the swap and in nothing else.
-        lines = [
-            word(replace(scene, glyphs=glyphs), wording, Draws(name, seed, number, "words"))
-            for glyphs in (scene.glyphs, other)
-        ]
+        lines = [word(told, wording, Draws(name, seed, number, "words")) for told in (scene, other)]
         yield EvaluationItem(draw_png(scene, draws, size), "png", captions=tuple(lines))
 
 

@@ -1,0 +1,72 @@
+"""Distillation of image-text affinities: from teachers that run beside, or from stored embeddings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clipkit import dist
+from clipkit.losses import distillation_loss
+from clipkit.losses.affinity import TeacherPair
+from clipkit.objectives.base import check_number, read_options
+from clipkit.objectives.paired import CLIP_SCALE, Paired, pair_accuracy
+from clipkit.types import ConfigError, Embeddings, Needs, Teacher
+
+
+class Distill(Paired):
+    """Cross-entropy between the affinities of teachers, averaged after the softmax, and those of the student.
+
+    Affinity mimicking, arXiv:2309.12314; several teachers and stored embeddings, arXiv:2311.17049. The value
+    is bounded below by the entropy of the teachers, not by 0.
+    teachers  MODELs (exported directories or name:tag) that embed the same pictures and captions while
+              training; each with its own size, tokenizer and scale
+    stored    {image, text, scale}: members of a sample that hold a teacher's vectors (.npy). They belong to
+              one picture and one caption: train on them without augmentation (views: {image: none})
+    """
+
+    start = CLIP_SCALE
+
+    def __init__(
+        self,
+        teachers: str | Sequence[str] = (),
+        stored: Mapping[str, Any] | None = None,
+        views: Mapping[str, str] | None = None,
+        own_scale: bool = False,
+    ) -> None:
+        super().__init__(views, own_scale)
+        models = [teachers] if isinstance(teachers, str) else list(teachers)
+        if not models and stored is None:
+            raise ConfigError("distill has no teacher", "set teachers: [MODEL, ...] or stored: {...}")
+        names = (self.image.name, self.text.name)
+        self.teachers = tuple(Teacher(teacher_name(model), names, model=model) for model in models)
+        self.stored: dict[str, Any] | None = None
+        members: tuple[str, ...] = ()
+        if stored is not None:
+            defaults = {"image": "teacher_image.npy", "text": "teacher_text.npy", "scale": 100.0}
+            self.stored = read_options("stored", stored, defaults)
+            check_number("stored.scale", self.stored["scale"], 0.0)
+            members = (str(self.stored["image"]), str(self.stored["text"]))
+        self.needs = self.needs | Needs(teachers=self.teachers, stored=members)
+
+    def forward(self, e: Embeddings) -> dict[str, Tensor]:
+        """Returns the loss over gathered pairs and the student's in-batch accuracy."""
+        image, text, scale, _ = self.pair(e)
+        pairs = []
+        for teacher in self.teachers:
+            said = e.teachers[teacher.name]
+            joint = said.joint
+            pairs.append(TeacherPair(joint[self.image.name], joint[self.text.name], said.logit_scale))
+        if self.stored is not None:
+            vectors = [normalize(e.stored[str(self.stored[part])], dim=-1) for part in ("image", "text")]
+            pairs.append(TeacherPair(vectors[0], vectors[1], float(self.stored["scale"])))
+        loss = distillation_loss(image, text, scale, pairs, dist.gather)
+        return {"loss": loss, "accuracy": pair_accuracy(image, text)}
+
+
+def teacher_name(model: str) -> str:
+    """Returns a name for a MODEL that may stand in tensor names: two objectives with one MODEL share it."""
+    return re.sub(r"\W+", "_", model).strip("_")[-60:] or "teacher"
