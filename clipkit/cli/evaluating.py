@@ -1,4 +1,4 @@
-"""`clipkit zeroshot`, `clipkit retrieval` and `clipkit export`."""
+"""`clipkit zeroshot`, `clipkit retrieval`, `clipkit probe` and `clipkit export`."""
 
 from __future__ import annotations
 
@@ -122,6 +122,30 @@ def retrieval(
         values = work(
             loaded, data, batch_size=batch_size, workers=workers, split=split, world=world, progress=progress
         )
+    result(values, out)
+
+
+def probe(
+    model: ModelName,
+    data: DataName,
+    out: Out = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    device: Device = "auto",
+    precision: PrecisionOption = Precision.fp32,
+    weights: WeightsOption = Weights.auto,
+) -> None:
+    """Fit a linear classifier and nearest neighbours on the features of the image tower.
+
+    Example: clipkit probe runs/simclr data/imagenette
+    """
+    check_out(out)
+    world, device = join_launcher(device)
+    from clipkit.evaluation.probe import probe as work
+
+    loaded = _load(model, device, precision, weights)
+    with StageProgress() as progress:
+        values = work(loaded, data, batch_size=batch_size, workers=workers, world=world, progress=progress)
     result(values, out)
 
 

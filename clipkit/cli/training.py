@@ -80,3 +80,35 @@ def pretrain(
         return
     say(f"{report['steps']:,} steps, {report['samples']:,} samples, {duration(report['seconds'])}")
     say(f"run directory {report['run_dir']}, model {report['export']}")
+
+
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file; see `clipkit configs ls`.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=V1,V2[,...] [KEY=VALUE]...", help="At least one key with several values."
+        ),
+    ],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the runs go; runs/sweep-<config> by default.")
+    ] = None,
+) -> None:
+    """Train one run per value of a key (per combination for several keys) and compare them.
+
+    Example: clipkit sweep configs/simclr.yaml objectives.0.temperature=0.1,0.2,0.5 run.steps=200
+    An interrupted sweep continues with the same command. Writes sweep.json and sweep.png.
+    """
+    from clipkit.train.sweep import sweep as work
+
+    directory = directory or Path("runs") / f"sweep-{config.stem}"
+    runs = work(config, overrides, directory, say)
+    names = list(dict.fromkeys(name for run in runs for name in run.outcome))
+    rows = [[*runs[0].values, *names]]
+    for run in runs:
+        numbers = (f"{run.outcome[name]:.4g}" if name in run.outcome else "--" for name in names)
+        rows.append([*run.values.values(), *numbers])
+    say(table(rows))
+    say(f"written to {directory}/sweep.json and {directory}/sweep.png")

@@ -108,6 +108,17 @@ def _zero_shot_lines(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _probe_lines(result: Mapping[str, Any]) -> list[str]:
+    metrics, counts = result["metrics"], result["counts"]
+    error = _percent(metrics["standard_error"])
+    return [
+        f"  linear probe, top-1   {_percent(metrics['linear_acc1']):>8}   (standard error {error})",
+        f"  nearest neighbours    {_percent(metrics['knn_acc1']):>8}",
+        f"  on {_number(counts['samples'], 'image')}, {counts['classes']:,} classes, "
+        f"{_number(counts['features'], 'feature')}",
+    ]
+
+
 def _retrieval_lines(result: Mapping[str, Any]) -> list[str]:
     metrics, counts = result["metrics"], result["counts"]
     ks = [name.rpartition("@")[2] for name in metrics if name.startswith("t2i_recall@")]
@@ -128,6 +139,12 @@ def _retrieval_lines(result: Mapping[str, Any]) -> list[str]:
     captions = f"{_number(counts['captions'], 'caption')} ({spread} per image)"
     several = f", {shared:,} of them for several images" if shared else ""
     lines.append(f"  on {_number(counts['images'], 'image')}, {captions}{several}")
+    seen = result.get("diagnostics", {})
+    if seen:
+        lines.append(
+            f"  alignment {seen['alignment']:.2f}, uniformity {seen['uniformity_image']:.2f} (image) "
+            f"{seen['uniformity_text']:.2f} (text), modality gap {seen['modality_gap']:.2f}"
+        )
     left_out = counts["empty_captions_left_out"]
     return lines + ([f"  left out: {_number(left_out, 'empty caption')}"] if left_out else [])
 
@@ -136,7 +153,8 @@ def format_table(result: Mapping[str, Any]) -> list[str]:
     """Returns the result as plain lines: what was measured, metrics, counts, the protocol in short."""
     protocol = result["protocol"]
     height, width = protocol["image_size"]
-    lines = _retrieval_lines(result) if "ties" in result else _zero_shot_lines(result)
+    kinds = {"probe": _probe_lines, "zeroshot_retrieval": _retrieval_lines}
+    lines = kinds.get(result["task"], _zero_shot_lines)(result)
     return [
         f"{result['task']} of {result['model']} on {result['dataset']}",
         *lines,

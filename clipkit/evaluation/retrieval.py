@@ -11,11 +11,13 @@ from torch import Tensor
 
 from clipkit.dist import World
 from clipkit.evaluation.datasets import open_retrieval
+from clipkit.evaluation.diagnostics import describe_pairs
 from clipkit.evaluation.embed import Encoder, Progress, check_embeddings, distinct, embed_images, embed_texts
 from clipkit.evaluation.ranks import Ranks, on_grid, retrieval_ranks
 from clipkit.evaluation.results import build_result
 from clipkit.evaluation.sets import RetrievalSet
 
+DIAGNOSED = 1024  # pairs whose embeddings are described: products of rows stay small
 DEFINITIONS = {
     "image_retrieval_recall@k": "= t2i_recall@k, text -> image: share of captions whose image is in the "
     "first k",
@@ -93,6 +95,14 @@ def _counts(dataset: RetrievalSet, unique: int, text_index: Tensor) -> dict[str,
     }
 
 
+def _diagnostics(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
+    """Numbers about the first pairs of the set: every image with the first of its captions."""
+    first = torch.full((len(images),), len(texts), dtype=torch.int64, device=owners.device)
+    first = first.scatter_reduce(0, owners, torch.arange(len(texts), device=owners.device), "amin")
+    rows = (first < len(texts)).nonzero()[:DIAGNOSED, 0]
+    return describe_pairs(images[rows], texts[first[rows]], DIAGNOSED)
+
+
 def retrieval(
     model: Encoder,
     data: str | Path,
@@ -128,4 +138,13 @@ def retrieval(
         "definitions": DEFINITIONS,
     }
     counts = _counts(dataset, len(unique), text_index)
-    return build_result("zeroshot_retrieval", model, dataset.name, metrics, counts, protocol, ties=ties)
+    return build_result(
+        "zeroshot_retrieval",
+        model,
+        dataset.name,
+        metrics,
+        counts,
+        protocol,
+        ties=ties,
+        diagnostics=_diagnostics(images, all_texts, owners),
+    )

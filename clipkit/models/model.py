@@ -74,6 +74,12 @@ class Model:
             return self.towers.image(pixels.to(self.device))[1]
 
     @torch.no_grad()
+    def encode_image_trunk(self, images: Tensor) -> Tensor:
+        """Returns the pooled features before the joint projection (B, F), of uint8 (B, 3, H, V)."""
+        with self._autocast():
+            return self.towers.image(images.to(self.device))[0]
+
+    @torch.no_grad()
     def encode_text(self, texts: Tensor | Sequence[str]) -> Tensor:
         """Returns unit vectors (n, D), at least fp32, of ids (n, T) or of captions."""
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)

@@ -1,0 +1,60 @@
+"""Sweeps: what is split, what runs, what comes out, and that an interrupted one continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipkit.cli import main
+from clipkit.train.sweep import split_overrides, split_values
+from clipkit.types import ConfigError
+from tests.train.runs import values
+
+
+def test_values_are_split_outside_brackets_and_quotes() -> None:
+    assert split_values("1,2, 3") == ["1", "2", "3"]
+    assert split_values("[0.5,1],[0.8,1]") == ["[0.5,1]", "[0.8,1]"]
+    assert split_values("[{name: clip},{name: simclr}]") == ["[{name: clip},{name: simclr}]"]
+    assert split_values("'a,b',c") == ["'a,b'", "c"]
+    swept, plain = split_overrides(["optim.lr=1e-3,3e-3", "run.steps=4", "data.crop_scale=[0.5,1]"])
+    assert swept == {"optim.lr": ["1e-3", "3e-3"]}
+    assert plain == ["run.steps=4", "data.crop_scale=[0.5,1]"]
+    for bad in (["run.steps=4"], ["optim.lr=1,,2"], ["optim.lr=1,1"]):
+        with pytest.raises(ConfigError):
+            split_overrides(bad)
+
+
+def test_a_sweep_runs_every_combination_and_continues(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(values(tiny_shards, tmp_path / "unused", run__steps=3)))
+    command = ["sweep", str(config), "optim.lr=1e-3,1e-2", "run.seed=1,2", "--dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert table.count("optim.lr = ") == 4
+    document = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [list(run["values"].values()) for run in document["runs"]] == [
+        ["1e-3", "1"], ["1e-3", "2"], ["1e-2", "1"], ["1e-2", "2"],
+    ]  # fmt: skip
+    assert len({run["outcome"]["loss"] for run in document["runs"]}) == 4
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("metrics.jsonl")}
+    assert len(written) == 4
+    assert main(command) == 0
+    again = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert again == document
+    assert {path: path.read_bytes() for path in written} == written
+
+
+def test_a_wrong_value_stops_a_sweep_before_its_first_run(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(values(tiny_shards, tmp_path / "unused", run__steps=3)))
+    assert main(["sweep", str(config), "optim.lr=1e-3,fast", "--dir", str(tmp_path / "out")]) == 2
+    assert "optim.lr" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
