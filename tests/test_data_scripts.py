@@ -221,3 +221,9 @@ def test_make_glyphs_draws_both_corpora(tmp_path: Path, capsys: pytest.CaptureFi
     characters = ["characters", "--out", str(tmp_path / "c"), "--num-characters", "20", "--workers", "1"]
     assert make_glyphs.main(characters) == 0
     assert json.loads((tmp_path / "c" / "characters.json").read_text())["characters"] == 20
+
+
+def test_reading_an_evaluation_set_loads_no_torch() -> None:
+    code = "import sys, clipkit.evaluation.datasets; print(sorted({'torch', 'open_clip'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

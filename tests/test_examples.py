@@ -50,3 +50,18 @@ def test_objectives_are_compared_in_one_picture(tmp_path: Path) -> None:
     assert "zero_shot" in found["siglip"]
     assert "zero_shot" not in found["simclr"]
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_configurations_in_the_guides_are_valid(tmp_path: Path) -> None:
+    import re
+
+    from clipkit.config import load_config
+    from clipkit.objectives import OBJECTIVES, build_objectives
+
+    guides = sorted((EXAMPLES / "guides").glob("*.md"))
+    assert guides
+    for guide in guides:
+        for block in re.findall(r"```yaml\n(.*?)```", guide.read_text(encoding="utf-8"), flags=re.DOTALL):
+            (tmp_path / "shown.yaml").write_text(block)
+            config = load_config(tmp_path / "shown.yaml")
+            build_objectives([{"name": e.name, **e.options} for e in config.objectives], OBJECTIVES)

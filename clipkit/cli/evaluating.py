@@ -80,7 +80,7 @@ def zeroshot(
     """
     check_out(out)
     world, device = join_launcher(device)
-    from clipkit.evaluation import zero_shot as work
+    from clipkit.evaluation.zero_shot import zero_shot as work
 
     loaded = _load(model, device, precision, weights)
     with StageProgress() as progress:
@@ -115,7 +115,7 @@ def retrieval(
     """
     check_out(out)
     world, device = join_launcher(device)
-    from clipkit.evaluation import retrieval as work
+    from clipkit.evaluation.retrieval import retrieval as work
 
     loaded = _load(model, device, precision, weights)
     with StageProgress() as progress:

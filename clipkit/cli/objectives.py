@@ -26,5 +26,6 @@ def check_objective(
     if failed:
         raise GateError(
             f"`{name}` fails {len(failed)} of {len(findings)} checks: {', '.join(failed)}",
-            "the guide of examples/own_objective.py says what each check asks",
+            "return the mean over this rank's rows against gathered candidates, keep state in buffers, and "
+            "declare what is read; examples/own_objective.py is one that passes",
         )

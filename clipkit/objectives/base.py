@@ -51,6 +51,8 @@ class Objective(nn.Module):
     scale: Scale | None = None
     # Part of the value is held constant on purpose: finite differences see more than backward.
     stops_gradient: bool = False
+    # Lines for the banner of a run.
+    notes: tuple[str, ...] = ()
 
     def build(self, widths: Widths) -> None:
         """Creates heads, queues and other state; runs once, when the towers exist."""

@@ -50,6 +50,11 @@ class Distill(Paired):
             self.stored = read_options("stored", stored, defaults)
             check_number("stored.scale", self.stored["scale"], 0.0)
             members = (str(self.stored["image"]), str(self.stored["text"]))
+            if self.image.recipe != "none":
+                self.notes = (
+                    "stored vectors belong to the picture as it is, but this view of it is augmented; "
+                    "views: {image: none} is not",
+                )
         self.needs = self.needs | Needs(teachers=self.teachers, stored=members)
 
     def forward(self, e: Embeddings) -> dict[str, Tensor]:

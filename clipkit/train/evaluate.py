@@ -11,8 +11,10 @@ from torch import Tensor
 from clipkit.checkpoint import capture_rng, restore_rng
 from clipkit.config import EvaluateConfig
 from clipkit.data.views import ImageView
-from clipkit.evaluation import UnusableEmbeddings, retrieval, zero_shot
+from clipkit.evaluation import UnusableEmbeddings
 from clipkit.evaluation.datasets import open_classification, open_retrieval
+from clipkit.evaluation.retrieval import retrieval
+from clipkit.evaluation.zero_shot import zero_shot
 from clipkit.models.checks import trimmed_length
 from clipkit.train.setup import Run
 

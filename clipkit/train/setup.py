@@ -221,6 +221,7 @@ def prepare(
     learner.train()
     unused = freeze_unused(learner, fake_batch(learner, views, stream.stored_widths))
     notes = [*towers.notes, *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers))]
+    notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
     if unused:
         notes.append(f"without gradient, frozen and left out of the optimizer: {', '.join(unused)}")
     if config.run.precision == "bf16" and accelerator.device.type == "cpu":

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.evaluation import format_table, retrieval, write_result, zero_shot
+from clipkit.evaluation import format_table, write_result
 from clipkit.evaluation.results import build_result
+from clipkit.evaluation.retrieval import retrieval
+from clipkit.evaluation.zero_shot import zero_shot
 from clipkit.types import ConfigError
 from tests.evaluation.encoders import Projection
 from tests.evaluation.layouts import captioned_csv, labelled_csv

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipkit.dist import World
-from clipkit.evaluation import format_table, retrieval, retrieval_metrics
+from clipkit.evaluation import format_table
+from clipkit.evaluation.retrieval import retrieval, retrieval_metrics
 from clipkit.types import ClipkitError, DataError
 from tests.evaluation.encoders import Projection
 from tests.evaluation.layouts import captioned_csv, image_bytes

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 
 from clipkit.dist import World
-from clipkit.evaluation import format_table, zero_shot, zero_shot_metrics
-from clipkit.evaluation.zero_shot import class_embeddings
+from clipkit.evaluation import format_table
+from clipkit.evaluation.zero_shot import class_embeddings, zero_shot, zero_shot_metrics
 from clipkit.types import ClipkitError, ConfigError, DataError
 from tests.evaluation.encoders import Projection
 from tests.evaluation.layouts import image_bytes, labelled_csv

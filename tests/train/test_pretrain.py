@@ -16,7 +16,7 @@ import pytest
 
 from clipkit.checkpoint import CheckpointStore, CheckpointWriteError
 from clipkit.config import make_config
-from clipkit.evaluation import retrieval
+from clipkit.evaluation.retrieval import retrieval
 from clipkit.export import load
 from clipkit.train import pretrain
 from clipkit.types import ClipkitError, ConfigError, DataError
