@@ -131,6 +131,28 @@ def test_training_scenes_hold_nothing_held_out(scenes: Path) -> None:
         assert len(set(fields["captions"])) == 4
 
 
+def test_hard_captions_have_the_words_of_the_caption_and_are_wrong(scenes: Path) -> None:
+    found = 0
+    for entry in samples(scenes / "train"):
+        fields, text = json.loads(entry["json"]), entry["txt"].decode()
+        two = len(fields["shapes"]) == 2 and len(set(fields["shapes"])) == len(set(fields["colours"])) == 2
+        if not fields["hard"]:
+            continue
+        assert two
+        found += 1
+        recoloured, reordered = fields["hard"]
+        for hard in (recoloured, reordered):
+            assert hard != text
+            assert hard.split(" on ")[1:] == text.split(" on ")[1:]
+        right = list(zip(fields["shapes"], fields["colours"], strict=True))
+        assert set(told(text)) == set(right)
+        assert set(told(recoloured)) == {(right[0][0], right[1][1]), (right[1][0], right[0][1])}
+        assert not any(is_unseen_pair(*pair) for pair in told(recoloured))
+        # Exchanged places name the same glyphs the other way round, in the same frame.
+        assert told(reordered) == told(text)[::-1]
+    assert found > NUM_TRAIN // 10
+
+
 def test_every_caption_names_exactly_what_is_drawn(scenes: Path) -> None:
     for entry in samples(scenes / "train"):
         fields = json.loads(entry["json"])

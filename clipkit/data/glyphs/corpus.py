@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -74,18 +75,20 @@ def train_scene(seed: int, number: int, size: int) -> Sample:
     scene = draw_scene(draws)
     while not is_trained(scene):
         scene = draw_scene(draws)
-    fields = {
+    fields: dict[str, Any] = {
         "shapes": [glyph.shape for glyph in scene.glyphs],
         "colours": [glyph.colour for glyph in scene.glyphs],
         "arrangement": scene.arrangement,
         "background": scene.background,
         "face": scene.face,
-        "hard": hard_captions(scene, Draws("hard", seed, number)),
     }
     image = draw_png(scene, draws, size)
+    # The draws of the caption again, so that a hard one has its words and nothing but the exchange tells.
+    fields["hard"] = hard_captions(scene, copy.copy(draws))
     texts = captions(scene, draws, CAPTIONS_PER_SCENE)
     if draws.below(COUNT_CAPTION_EVERY) == 0:
         texts = (count_caption(scene, draws), *texts[1:])
+        fields["hard"] = []
     return Sample(f"{number:07d}", image, "png", texts, fields)
 
 
@@ -93,7 +96,7 @@ def hard_captions(scene: Scene, draws: Draws) -> list[str]:
     """Returns two captions that are wrong for the scene: colours exchanged, and order exchanged.
 
     Empty unless there are two glyphs that differ in shape and colour, and the exchange names no held-out
-    pair. Draws of their own: what else is drawn of a sample stays as it is.
+    pair. With the draws of a caption the two have its wording.
     """
     if len(scene.glyphs) != 2:
         return []
@@ -103,7 +106,7 @@ def hard_captions(scene: Scene, draws: Draws) -> list[str]:
         return []
     if any(is_unseen_pair(shape, colour) for shape, colour in _pairs(recoloured)):
         return []
-    return [word(other, draws.below(NUM_WORDINGS[2]), draws) for other in (recoloured, reordered)]
+    return [captions(other, copy.copy(draws), 1)[0] for other in (recoloured, reordered)]
 
 
 def exchanged(scene: Scene) -> tuple[Scene, Scene]:
