@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "clipkit.export",
     "pretrain": "clipkit.train",
-    "zero_shot": "clipkit.evaluation",
-    "retrieval": "clipkit.evaluation",
+    "zero_shot": "clipkit.evaluation.zero_shot",
+    "retrieval": "clipkit.evaluation.retrieval",
     "export": "clipkit.export",
     "Config": "clipkit.config",
     "Batch": "clipkit.types",

@@ -9,12 +9,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import clipkit
-import clipkit.evaluation
 import clipkit.train
 from clipkit.cli import main
 from clipkit.types import ClipkitError, DataError, GateError
@@ -40,7 +40,9 @@ def test_importing_clipkit_loads_nothing_heavy_and_promises_its_names() -> None:
     assert found.stdout == "[]\n"
     assert dir(clipkit) == sorted(clipkit.__all__)
     for name in clipkit.__all__:
-        assert getattr(clipkit, name) is not None
+        value = getattr(clipkit, name)
+        assert value is not None
+        assert not isinstance(value, ModuleType), f"clipkit.{name} is the module of that name"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = clipkit.nothing
 
@@ -228,7 +230,7 @@ def test_zeroshot_prints_a_table_and_writes_json(
         return result("zeroshot_classification")
 
     monkeypatch.setattr("clipkit.cli.evaluating._load", lambda *arguments: arguments)
-    monkeypatch.setattr(clipkit.evaluation, "zero_shot", zero_shot)
+    monkeypatch.setattr("clipkit.evaluation.zero_shot.zero_shot", zero_shot)
     out = tmp_path / "new" / "out.json"
     assert main(["zeroshot", "m", "d", "--classnames", "c.txt", "--batch-size", "8", "--out", str(out)]) == 0
     ((model, data, options),) = seen
