@@ -15,7 +15,7 @@ from clipkit.losses import alignment, uniformity
 
 BINS = 64
 NEAR = 0.95  # cosine from which two pictures, or two captions, count as nearly the same
-COLLAPSED = 0.1  # of std times sqrt(D): 0.03 was measured on a collapsed run, 0.8 on a healthy one
+COLLAPSED = 0.1  # of `losses.geometry.spread`, which is 1 on a sphere and 0 in one point
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def modality_gap(image: Tensor, text: Tensor) -> float:
 def effective_rank(features: Tensor) -> float:
     """Returns exp of the entropy of the normalised singular values of centred features, 1..min(N, F).
 
-    RankMe, arXiv:2210.02885 eq. 1, on centred rows. Low while `spread` is healthy: dimensional collapse.
+    RankMe, arXiv:2210.02885 eq. 1, on centred rows. Low while the rows spread well: dimensional collapse.
     """
     centred = features.double() - features.double().mean(dim=0)
     # The smaller of the two products has the same non-zero spectrum, and is the cheaper one.
@@ -70,17 +70,6 @@ def effective_rank(features: Tensor) -> float:
     shares = values / total
     shares = shares[shares > 0]
     return float(torch.exp(-(shares * shares.log()).sum()))
-
-
-@torch.no_grad()
-def spread(rows: Tensor) -> float:
-    """Returns the mean per-dimension standard deviation of unit rows times sqrt(D).
-
-    About 1 for rows spread over the sphere, 0 when all are equal (SimSiam, arXiv:2011.10566 section 4.1).
-    Centred effective rank does not see such a collapse: what is left around the mean has a flat spectrum.
-    """
-    unit = torch.nn.functional.normalize(rows.double(), dim=-1)
-    return float(unit.std(dim=0, unbiased=False).mean() * math.sqrt(rows.shape[1]))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit.losses.contrastive import (
@@ -43,3 +44,14 @@ def uniformity(
     logits[torch.arange(x.shape[0], device=x.device), own_columns(x, rank)] = -math.inf
     local = logits.flatten().logsumexp(0) - math.log(x.shape[0] * (everyone.shape[0] - 1))
     return log_mean_over_ranks(local, reduce)
+
+
+@torch.no_grad()
+def spread(x: Tensor) -> Tensor:
+    """Returns the mean standard deviation per dimension of normalised rows, times sqrt(D), (); no gradient.
+
+    x (B, D), of this rank alone. About 1 for rows all over a sphere, 0 when all are equal: SimSiam,
+    arXiv:2011.10566 sec. 4.1. Centred effective rank does not see such a collapse: what is left around the
+    mean has a flat spectrum.
+    """
+    return F.normalize(x, dim=-1).std(dim=0, unbiased=False).mean() * x.shape[1] ** 0.5

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from clipkit import dist
 from clipkit.losses import barlow_twins_loss, dcl_loss, hcl_loss, info_nce, nt_xent_loss, supcon_loss
 from clipkit.losses.contrastive import Form, Similarity, own_columns
+from clipkit.losses.geometry import spread
 from clipkit.losses.hard_negatives import hard_info_nce
 from clipkit.models.heads import mlp_head
 from clipkit.objectives.base import (
@@ -71,13 +72,11 @@ def watched(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     """Returns {"accuracy", "spread"} of two views (B, D), each ().
 
     accuracy  share of this rank's rows of `a` whose nearest gathered row of `b` (cosine) is their own
-    spread    mean standard deviation of the normalised rows per dimension, times sqrt(D): about 1 on a
-              sphere, 0 when all rows are equal (arXiv:2011.10566 section 4.1)
+    spread    about 1 on a sphere, 0 when all rows are equal
     """
-    unit = normalize(a, dim=-1)
-    nearest = (unit @ normalize(dist.gather(b), dim=-1).T).argmax(dim=1)
+    nearest = (normalize(a, dim=-1) @ normalize(dist.gather(b), dim=-1).T).argmax(dim=1)
     accuracy = (nearest == own_columns(a, dist.World.current().rank)).to(a.dtype).mean()
-    return {"accuracy": accuracy, "spread": unit.std(dim=0, unbiased=False).mean() * a.shape[1] ** 0.5}
+    return {"accuracy": accuracy, "spread": spread(a)}
 
 
 def check_dropout(views: Sequence[View], tower: str, widths: Widths) -> None:

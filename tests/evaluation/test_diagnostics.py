@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkit.evaluation import diagnostics
+from clipkit.losses.geometry import spread
 
 
 def unit(rows: int, width: int, seed: int = 0) -> Tensor:
@@ -62,9 +63,9 @@ def test_effective_rank_counts_dimensions() -> None:
 
 
 def test_spread_is_one_on_a_sphere_and_zero_when_collapsed() -> None:
-    assert diagnostics.spread(unit(4000, 32)) == pytest.approx(1, abs=0.02)
+    assert float(spread(unit(4000, 32))) == pytest.approx(1, abs=0.02)
     collapsed = torch.ones(100, 32) + 1e-3 * torch.randn(100, 32, generator=torch.Generator().manual_seed(5))
-    assert diagnostics.spread(collapsed) < diagnostics.COLLAPSED / 10
+    assert float(spread(collapsed)) < diagnostics.COLLAPSED / 10
     # The centred rank calls the same rows healthy, which is why it does not raise the alarm.
     assert diagnostics.effective_rank(collapsed) > 20
 
