@@ -187,10 +187,10 @@ def captions(scene: Scene, draws: Draws, count: int) -> tuple[str, ...]:
     background are mentioned in some.
     """
     found: dict[str, None] = {}
-    for attempt in range(200):
+    for _ in range(200):
         if len(found) == count:
             break
-        wording = draws.below(NUM_WORDINGS[len(scene.glyphs)]) if attempt else draws.below(3)
+        wording = draws.below(NUM_WORDINGS[len(scene.glyphs)])
         found[word(scene, wording, draws)] = None
     return tuple(found)
 
