@@ -228,7 +228,9 @@ def slow_cross_entropy(logits: Tensor, weights: Tensor) -> float:
     return mean(costs)
 
 
-def slow_hcl(a: Tensor, b: Tensor, scale: float, beta: float, tau_plus: float) -> tuple[float, float]:
+def slow_hcl(
+    a: Tensor, b: Tensor, scale: float, beta: float, tau_plus: float, decoupled: bool = False
+) -> tuple[float, float]:
     """(loss, fraction of anchors at the bound) in plain exponentials."""
     rows, partner = two_views(a, b)
     costs, bound = [], []
@@ -241,7 +243,8 @@ def slow_hcl(a: Tensor, b: Tensor, scale: float, beta: float, tau_plus: float) -
         debiased = (hard - count * tau_plus * positive) / (1 - tau_plus)
         lowest = count * math.exp(-scale)
         bound.append(float(debiased < lowest))
-        costs.append(-math.log(positive / (positive + max(debiased, lowest))))
+        negatives = max(debiased, lowest)
+        costs.append(-math.log(positive / (negatives if decoupled else positive + negatives)))
     return mean(costs), mean(bound)
 
 

@@ -5,6 +5,7 @@ Shapes: B anchors on this rank, N = B * W gathered rows, M hard captions per ima
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clipkit.losses.contrastive import (
+    Form,
     Gather,
     Scale,
     alone,
@@ -79,13 +81,26 @@ def hard_columns(
     return torch.stack([own, log_sum], dim=1), clamped.to(logits.dtype).mean(), effective
 
 
-def _weighed(
-    logits: Tensor, positives: Tensor, scale: Scale, beta: float, tau_plus: float, detach: bool
+def weighted_loss(
+    logits: Tensor,
+    positives: Tensor,
+    scale: Scale,
+    *,
+    beta: float = 1.0,
+    tau_plus: float = 0.0,
+    detach: bool = False,
+    form: Form = "out",
 ) -> HardNegatives:
+    """Returns the mean over anchors of -log of the positive's share beside its weighted negatives.
+
+    logits (B, C) are scale times cosines; the other arguments as in `hard_columns`. form "decoupled" leaves
+    the positive out of the denominator, as `dcl_loss` does, which is this with beta = tau_plus = 0.
+    """
     columns, clamped, effective = hard_columns(
         logits, positives, -scale, beta=beta, tau_plus=tau_plus, detach=detach
     )
-    return HardNegatives(contrastive_loss(columns, torch.zeros_like(positives)), clamped, effective)
+    loss = contrastive_loss(columns, torch.zeros_like(positives), form=form)
+    return HardNegatives(loss, clamped, effective)
 
 
 def _mean(one: HardNegatives, other: HardNegatives) -> HardNegatives:
@@ -102,18 +117,17 @@ def hcl_loss(
     beta: float = 1.0,
     tau_plus: float = 0.1,
     detach: bool = False,
+    form: Form = "out",
 ) -> HardNegatives:
     """Returns NT-Xent with hard-negative weights and debiasing, mean over the 2B anchors.
 
-    a, b (B, D) L2-normalised; the other arguments as in `hard_columns`. HCL, arXiv:2010.04592;
+    a, b (B, D) L2-normalised; the other arguments as in `weighted_loss`. HCL, arXiv:2010.04592;
     beta = 0 is the debiased loss of arXiv:2007.00224 eq. 8, tau_plus = 0 too is NT-Xent.
     Raises ValueError for N = 1.
     """
     from_a, from_b, positives = two_view_logits(a, b, scale, rank, gather)
-    return _mean(
-        _weighed(from_a, positives, scale, beta, tau_plus, detach),
-        _weighed(from_b, positives, scale, beta, tau_plus, detach),
-    )
+    weigh = functools.partial(weighted_loss, beta=beta, tau_plus=tau_plus, detach=detach, form=form)
+    return _mean(weigh(from_a, positives, scale), weigh(from_b, positives, scale))
 
 
 def caption_logits(
@@ -155,10 +169,8 @@ def hard_clip_loss(
     from_image, from_text, positives = two_view_logits(image, text, scale, rank, gather, within=False)
     if hard is not None:
         from_image = torch.cat([from_image, caption_logits(image, hard, scale, gather, present)], dim=1)
-    return _mean(
-        _weighed(from_image, positives, scale, beta, tau_plus, detach),
-        _weighed(from_text, positives, scale, beta, tau_plus, detach),
-    )
+    weigh = functools.partial(weighted_loss, beta=beta, tau_plus=tau_plus, detach=detach)
+    return _mean(weigh(from_image, positives, scale), weigh(from_text, positives, scale))
 
 
 def hard_info_nce(

@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkit import dist
 from clipkit.losses import distillation_loss
 from clipkit.losses.affinity import TeacherPair
+from clipkit.losses.regression import feature_distillation_loss
 from clipkit.objectives.base import check_number, read_options
 from clipkit.objectives.paired import CLIP_SCALE, Paired, pair_accuracy
 from clipkit.types import ConfigError, Embeddings, Needs, Teacher
@@ -26,6 +28,8 @@ class Distill(Paired):
               training; each with its own size, tokenizer and scale
     stored    {image, text, scale}: members of a sample that hold a teacher's vectors (.npy). They belong to
               one picture and one caption: train on them without augmentation (views: {image: none})
+    features  weight of the mean squared difference to the embeddings of the teachers, which must then be as
+              wide as the student's (CLIP-KD, arXiv:2307.12732: 2000, because the mean is over entries too)
     """
 
     start = CLIP_SCALE
@@ -36,8 +40,10 @@ class Distill(Paired):
         stored: Mapping[str, Any] | None = None,
         views: Mapping[str, str] | None = None,
         own_scale: bool = False,
+        features: float = 0.0,
     ) -> None:
         super().__init__(views, own_scale)
+        self.features = check_number("features", features, 0.0)
         models = [teachers] if isinstance(teachers, str) else list(teachers)
         if not models and stored is None:
             raise ConfigError("distill has no teacher", "set teachers: [MODEL, ...] or stored: {...}")
@@ -69,7 +75,19 @@ class Distill(Paired):
             vectors = [normalize(e.stored[str(self.stored[part])], dim=-1) for part in ("image", "text")]
             pairs.append(TeacherPair(vectors[0], vectors[1], float(self.stored["scale"])))
         loss = distillation_loss(image, text, scale, pairs, dist.gather)
-        return {"loss": loss, "accuracy": pair_accuracy(image, text)}
+        terms = {"accuracy": pair_accuracy(image, text)}
+        if self.features:
+            widths = sorted({pair.image.shape[1] for pair in pairs} - {image.shape[1]})
+            if widths:
+                raise ConfigError(
+                    f"features compares embeddings of width {image.shape[1]} with a teacher's of {widths[0]}",
+                    f"set model.embed_dim: {widths[0]}, or leave features out",
+                )
+            gaps = [feature_distillation_loss(image, pair.image) for pair in pairs]
+            gaps += [feature_distillation_loss(text, pair.text) for pair in pairs]
+            terms["features"] = torch.stack(gaps).mean()
+            loss = loss + self.features * terms["features"]
+        return {"loss": loss, **terms}
 
 
 def teacher_name(model: str) -> str:

@@ -35,6 +35,16 @@ class FeatureQueue(nn.Module):
         return torch.arange(len(self.rows), device=self.rows.device) < self.filled
 
     @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """Returns {"queue_filled": share of the slots in use, "queue_age": age of the oldest in steps}, ().
+
+        Called between `stash` and `push`: every step pushes as many rows as are stashed.
+        """
+        pushed = 0 if self._stash is None else len(self._stash)
+        filled = self.filled.to(self.rows.dtype)
+        return {"queue_filled": filled / len(self.rows), "queue_age": (filled / max(pushed, 1)).ceil()}
+
+    @torch.no_grad()
     def stash(self, rows: Tensor) -> None:
         """Keeps this rank's rows (B, D) until `push`; a later stash replaces an earlier one."""
         self._stash = dist.gather(rows.detach())

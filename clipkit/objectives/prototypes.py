@@ -82,13 +82,14 @@ class Swav(Objective):
             iterations=self.iterations,
             extra=self._extra(e.progress),
         )
-        if self.queues is not None:
-            for queue, place in zip(self.queues, ASSIGNED, strict=True):
-                assert isinstance(queue, FeatureQueue)
-                queue.stash(rows[place])
+        terms = {"loss": loss, **watched(rows[0], rows[1])}
+        for queue, place in zip(self.queues or (), ASSIGNED, strict=self.queues is not None):
+            assert isinstance(queue, FeatureQueue)
+            queue.stash(rows[place])
+            terms |= queue.state()
         with torch.no_grad():
             used = torch.unique(dist.gather(scores[0].argmax(dim=1))).numel() / len(self.prototypes)
-        return {"loss": loss, "prototypes_used": loss.new_tensor(used), **watched(rows[0], rows[1])}
+        return terms | {"prototypes_used": loss.new_tensor(used)}
 
     @torch.no_grad()
     def _extra(self, progress: float) -> list[Tensor]:

@@ -88,11 +88,10 @@ class Moco(Followed):
         return queries, keys
 
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
-        """Returns the loss against the queue, how full the queue is (0..1), and the watch."""
+        """Returns the loss against the queue, how full and how old the queue is, and the watch."""
         queries, keys = self.keyed(e)
         loss = moco_loss(queries, keys, self.queue.rows, self.scale_of_logits, self.queue.filled)
-        filled = self.queue.filled.to(loss.dtype) / len(self.queue.rows)
-        return {"loss": loss, "queue_filled": filled, **watched(queries, keys)}
+        return {"loss": loss, **self.queue.state(), **watched(queries, keys)}
 
     def after_step(self) -> None:
         """Moves the key head, and enqueues the keys of the step."""
@@ -148,7 +147,7 @@ class Pcl(Moco):
         self._progress = e.progress
         queries, keys = self.keyed(e)
         loss = moco_loss(queries, keys, self.queue.rows, self.scale_of_logits, self.queue.filled)
-        terms = {"instances": loss, **watched(queries, keys)}
+        terms = {"instances": loss, **self.queue.state(), **watched(queries, keys)}
         if bool(self.ready) and e.progress >= self.warmup:
             centres = [getattr(self, f"centres_{at}") for at in range(self.clusterings)]
             spreads = [getattr(self, f"spread_{at}") for at in range(self.clusterings)]

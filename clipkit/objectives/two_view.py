@@ -14,7 +14,7 @@ from clipkit import dist
 from clipkit.losses import barlow_twins_loss, dcl_loss, hcl_loss, info_nce, nt_xent_loss, supcon_loss
 from clipkit.losses.contrastive import Form, Similarity, own_columns
 from clipkit.losses.geometry import spread
-from clipkit.losses.hard_negatives import hard_info_nce
+from clipkit.losses.hard_negatives import HardNegatives, hard_info_nce, weighted_loss
 from clipkit.models.heads import mlp_head
 from clipkit.objectives.base import (
     Objective,
@@ -79,6 +79,11 @@ def watched(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {"accuracy": accuracy, "spread": spread(a)}
 
 
+def weighted_terms(found: HardNegatives) -> dict[str, Tensor]:
+    """Returns the loss and the two numbers that tell whether its weights are sound, each ()."""
+    return {"loss": found.loss, "clamped": found.clamped, "effective_negatives": found.effective}
+
+
 def check_dropout(views: Sequence[View], tower: str, widths: Widths) -> None:
     """Raises ConfigError when dropout is to make views differ and the tower has none that is active."""
     if any(view.recipe == "dropout" for view in views) and tower not in widths.stochastic:
@@ -124,12 +129,7 @@ class SimClr(TwoView):
         if self.weights is None:
             return {"loss": nt_xent_loss(a, b, scale, rank, dist.gather, kind), **terms}
         found = hcl_loss(a, b, scale, rank, dist.gather, **self.weights)
-        return {
-            "loss": found.loss,
-            "clamped": found.clamped,
-            "effective_negatives": found.effective,
-            **terms,
-        }
+        return {**weighted_terms(found), **terms}
 
     def chance(self, rows: int) -> float | None:
         """Returns log(2N - 1), or None with weighted negatives."""
@@ -139,7 +139,8 @@ class SimClr(TwoView):
 class Dcl(TwoView):
     """Decoupled contrastive loss, arXiv:2110.06848: NT-Xent without the positive in the denominator.
 
-    sigma  of the weighted form DCLW (paper: 0.5); null: unweighted
+    sigma           of the weighted form DCLW (paper: 0.5); null: unweighted
+    hard_negatives  {beta, tau_plus, detach}, as in simclr
     """
 
     def __init__(
@@ -150,32 +151,42 @@ class Dcl(TwoView):
         hidden: int = 2048,
         dim: int = 128,
         sigma: float | None = None,
+        hard_negatives: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tower, views, "simclr", hidden, dim)
         self.scale_of_logits = 1 / check_number("temperature", temperature, 1e-3)
         self.sigma = None if sigma is None else check_number("sigma", sigma, 1e-3)
+        self.weights = None if hard_negatives is None else hard_options(hard_negatives)
+        if self.weights is not None and self.sigma is not None:
+            raise ConfigError(
+                "sigma weighs positives, hard_negatives negatives; both is not defined", "keep one of them"
+            )
         # The weights of DCLW are constants of its value.
         self.stops_gradient = self.sigma is not None
 
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered views, which may be negative, and the accuracy."""
         a, b = (normalize(x, dim=-1) for x in self.projected(e))
-        rank = dist.World.current().rank
-        loss = dcl_loss(a, b, self.scale_of_logits, rank, dist.gather, sigma=self.sigma)
-        return {"loss": loss, **watched(a, b)}
+        rank, scale = dist.World.current().rank, self.scale_of_logits
+        if self.weights is None:
+            loss = dcl_loss(a, b, scale, rank, dist.gather, sigma=self.sigma)
+            return {"loss": loss, **watched(a, b)}
+        found = hcl_loss(a, b, scale, rank, dist.gather, form="decoupled", **self.weights)
+        return {**weighted_terms(found), **watched(a, b)}
 
     def chance(self, rows: int) -> float | None:
-        """Returns log(2N - 2)."""
-        return math.log(2 * rows - 2)
+        """Returns log(2N - 2), or None with weighted negatives."""
+        return math.log(2 * rows - 2) if self.weights is None else None
 
 
 class InfoNce(TwoView):
     """One-way InfoNCE from the first view to the second; on dropout views of a text tower it is SimCSE.
 
     arXiv:1807.03748 eq. 4, arXiv:2104.08821 eq. 1. Works on the joint embedding unless `dim` asks for a head.
-    symmetric      the mean of both directions
-    hard_captions  {field, num, bonus}: hard negatives of the text tower as further candidates (supervised
-                   SimCSE, eq. 5; bonus is added to the logits of the anchor's own ones)
+    symmetric       the mean of both directions
+    hard_negatives  {beta, tau_plus, detach}, as in simclr
+    hard_captions   {field, num, bonus}: hard negatives of the text tower as further candidates (supervised
+                    SimCSE, eq. 5; bonus is added to the logits of the anchor's own ones)
     """
 
     def __init__(
@@ -187,12 +198,18 @@ class InfoNce(TwoView):
         dim: int = 0,
         symmetric: bool = False,
         similarity: str = "cosine",
+        hard_negatives: Mapping[str, Any] | None = None,
         hard_captions: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tower, views, "simclr", hidden, dim)
         self.scale_of_logits = 1 / check_number("temperature", temperature, 1e-3)
         self.kind: Similarity = check_choice("similarity", similarity, get_args(Similarity))
         self.symmetric = bool(symmetric)
+        self.weights = None if hard_negatives is None else hard_options(hard_negatives)
+        if self.weights is not None and (self.kind != "cosine" or hard_captions is not None):
+            raise ConfigError(
+                "hard_negatives need similarity: cosine and no hard_captions", "take the other option out"
+            )
         self.hard: tuple[View, ...] = ()
         self.bonus = 0.0
         if hard_captions is not None:
@@ -218,6 +235,8 @@ class InfoNce(TwoView):
         if kind == "cosine":
             a, b, kind = normalize(a, dim=-1), normalize(b, dim=-1), "dot"
         rank, scale = dist.World.current().rank, self.scale_of_logits
+        if self.weights is not None:
+            return self._weighted(a, b)
         hard, present = stacked(e, self.hard)
         if hard is not None:
             loss = hard_info_nce(a, b, hard, scale, rank, dist.gather, present=present, own_bonus=self.bonus)
@@ -227,9 +246,21 @@ class InfoNce(TwoView):
             loss = (loss + info_nce(b, dist.gather(a), scale, own_columns(a, rank), kind)) / 2
         return {"loss": loss, **watched(a, b)}
 
+    def _weighted(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        positives, scale, weights = (
+            own_columns(a, dist.World.current().rank),
+            self.scale_of_logits,
+            self.weights,
+        )
+        found = [weighted_loss(scale * a @ dist.gather(b).T, positives, scale, **(weights or {}))]
+        if self.symmetric:
+            found.append(weighted_loss(scale * b @ dist.gather(a).T, positives, scale, **(weights or {})))
+        means = HardNegatives(*(torch.stack(values).mean() for values in zip(*found, strict=True)))
+        return {**weighted_terms(means), **watched(a, b)}
+
     def chance(self, rows: int) -> float | None:
-        """Returns log N, or None with hard captions."""
-        return None if self.hard else math.log(rows)
+        """Returns log N, or None with hard captions or weighted negatives."""
+        return None if self.hard or self.weights is not None else math.log(rows)
 
 
 class SupCon(TwoView):

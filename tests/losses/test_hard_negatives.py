@@ -8,19 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipkit.losses.contrastive import contrastive_loss, two_view_logits
-from clipkit.losses.hard_negatives import hard_clip_loss, hard_columns, hard_info_nce, hcl_loss
+from clipkit.losses.contrastive import Form, contrastive_loss, two_view_logits
+from clipkit.losses.hard_negatives import (
+    hard_clip_loss,
+    hard_columns,
+    hard_info_nce,
+    hcl_loss,
+    weighted_loss,
+)
 from clipkit.losses.softmax import clip_loss, dcl_loss, info_nce, nt_xent_loss
 from tests.losses.inputs import pairs, unit_rows
 from tests.oracles import dot, rows_of, slow_hard_captions, slow_hcl
 
 
+@pytest.mark.parametrize("form", ["out", "decoupled"])
 @pytest.mark.parametrize("tau_plus", [0.0, 0.01, 0.1, 0.5])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
-def test_weighted_debiased_loss_equals_the_double_loop(beta: float, tau_plus: float) -> None:
+def test_weighted_debiased_loss_equals_the_double_loop(beta: float, tau_plus: float, form: Form) -> None:
     a, b = pairs()
-    loss, bound = slow_hcl(a, b, 2.0, beta, tau_plus)
-    found = hcl_loss(a, b, 2.0, beta=beta, tau_plus=tau_plus)
+    loss, bound = slow_hcl(a, b, 2.0, beta, tau_plus, form == "decoupled")
+    found = hcl_loss(a, b, 2.0, beta=beta, tau_plus=tau_plus, form=form)
     assert float(found.loss) == pytest.approx(loss, rel=1e-12)
     assert float(found.clamped) == pytest.approx(bound)
 
@@ -102,16 +109,16 @@ def test_an_anchor_at_the_bound_pulls_its_positive_and_ignores_negatives() -> No
     assert not slope[1:].any()
 
 
-def test_columns_serve_the_decoupled_form_as_well() -> None:
+def test_the_decoupled_form_without_weights_is_the_decoupled_loss() -> None:
     a, b = pairs()
-    from_a, from_b, positives = two_view_logits(a, b, 5.0)
-    parts = [
-        contrastive_loss(
-            hard_columns(x, positives, -5.0, beta=0.0)[0], torch.zeros(7, dtype=torch.int64), form="decoupled"
-        )
-        for x in (from_a, from_b)
-    ]
-    torch.testing.assert_close((parts[0] + parts[1]) / 2, dcl_loss(a, b, 5.0))
+    found = hcl_loss(a, b, 5.0, beta=0.0, tau_plus=0.0, form="decoupled")
+    torch.testing.assert_close(found.loss, dcl_loss(a, b, 5.0), rtol=1e-14, atol=0)
+
+
+def test_one_way_without_weights_is_info_nce() -> None:
+    a, b = pairs()
+    found = weighted_loss(5.0 * a @ b.T, torch.arange(7), 5.0, beta=0.0)
+    torch.testing.assert_close(found.loss, info_nce(a, b, 5.0, torch.arange(7)), rtol=1e-14, atol=0)
 
 
 def test_negatives_can_be_taken_out() -> None:

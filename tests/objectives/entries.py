@@ -22,7 +22,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "simclr, hard negatives": {"name": "simclr", "hard_negatives": {"beta": 1.0, "tau_plus": 0.1}, **HEAD},
     "dcl": {"name": "dcl", **HEAD},
     "dcl, weighted": {"name": "dcl", "sigma": 0.5, **HEAD},
+    "dcl, hard negatives": {"name": "dcl", "hard_negatives": {"beta": 1.0, "tau_plus": 0.1}, **HEAD},
     "infonce": {"name": "infonce"},
+    "infonce, hard negatives": {"name": "infonce", "symmetric": True, "hard_negatives": {"beta": 0.5}},
     "infonce, hard captions": {"name": "infonce", "hard_captions": {"num": 2, "bonus": 0.5}},
     "infonce, images": {"name": "infonce", "tower": "image", "symmetric": True, **HEAD},
     "supcon": {"name": "supcon", "label": "cls", **HEAD},
@@ -44,5 +46,6 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "name": "swav", "local": 0, "prototypes": 5, "frozen": 0.0, "queue": 12, "queue_start": 0.0, **HEAD,
     },
     "distill": {"name": "distill", "teachers": ["big", "bigger"]},
+    "distill, features": {"name": "distill", "teachers": ["big", "bigger"], "features": 20.0},
     "distill, stored": {"name": "distill", "stored": {}},
 }  # fmt: skip

@@ -95,3 +95,4 @@ def test_queues_averages_and_prototypes_continue_bit_for_bit(tiny_shards: Path, 
     assert terms == {name for name in found if name.startswith("loss/")}
     assert found["queue_filled/moco"][0] == 0.0
     assert found["queue_filled/moco"][-1] == 1.0
+    assert found["queue_age/moco"][0] == 0 < found["queue_age/moco"][-1]
