@@ -1,10 +1,9 @@
 """Trains one model per objective on the same pictures, seed and number of samples, and draws one picture.
 
-    python examples/compare_objectives.py [OUT] [STEPS] [NAME,NAME,...]
+    python examples/compare_objectives.py [OUT [STEPS [NAME,NAME,... [LABELLED_SET data.train=SHARDS ...]]]]
 
-Drawn scenes, the configurations of configs/. Two rows are not trained: a random tower, and raw pixels. On the
-left a linear probe of the trunk (which pictogram is it?), and zero-shot accuracy where image and text were
-trained together; on the right alignment of two augmentations against uniformity.
+On drawn scenes, or on a labelled set and shards of yours, with names of configs/ or .yaml files. Two rows are
+not trained: random weights, and raw pixels. Diamonds: zero-shot accuracy of image-text objectives.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch.nn.functional import normalize
+from torchvision.transforms.functional import pil_to_tensor
 
 import clipkit
 from clipkit.config import load_config
@@ -30,71 +30,71 @@ from clipkit.types import View
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRED = ("quickstart_scenes", "siglip", "unicl", "slip")
 NAMES = (*PAIRED, "simclr", "dcl", "supcon", "moco_v2", "barlow_twins", "swav", "byol", "simsiam")
-Results = dict[str, dict[str, float]]
 
 
-def measured(model: Any, labelled: Path, paired: bool) -> dict[str, float]:
+def measured(model: Any, labelled: str, paired: bool) -> dict[str, float]:
     """Returns probe accuracies, zero-shot accuracy for paired objectives, alignment and uniformity."""
     found: dict[str, float] = dict(probe(model, labelled)["metrics"])
     if paired:
         found["zero_shot"] = clipkit.zero_shot(model, labelled)["metrics"]["acc1"]
     pictures, views = open_classification(labelled).images, []
-    for seed, name in enumerate(("first", "second")):
-        view = image_view(View(name, "image", "simclr"), model.towers.preprocess_cfg)
-        torch.manual_seed(seed)
+    view = image_view(View("view", "image", "simclr"), model.towers.preprocess_cfg)
+    torch.manual_seed(0)
+    for _ in range(2):
         batch = torch.stack([view(pictures.load(row)) for row in range(min(256, len(pictures)))])
         views.append(normalize(model.encode_image_trunk(batch).float(), dim=-1))
-    return found | {"alignment": float(alignment(*views)), "uniformity": float(uniformity(views[0]))}
+    found["uniformity"] = float(uniformity(views[0]))
+    return found | {"alignment": float(alignment(views[0], views[1]))}
 
 
-def raw_pixels(labelled: Path, size: int = 16) -> dict[str, float]:
+def raw_pixels(labelled: str, size: int = 16) -> dict[str, float]:
     """Returns the accuracy of nearest neighbours among raw pixels, size x size."""
     data = open_classification(labelled)
-    rows = [
-        data.images.load(row).convert("RGB").resize((size, size)).tobytes() for row in range(len(data.images))
-    ]
-    features = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.uint8) for row in rows]).float()
-    metrics, _ = probe_features(features - features.mean(dim=1, keepdim=True), torch.from_numpy(data.labels))
-    return {"knn_acc1": metrics["knn_acc1"], "standard_error": metrics["standard_error"]}
+    pictures = [data.images.load(row).convert("RGB").resize((size, size)) for row in range(len(data.images))]
+    features = torch.stack([pil_to_tensor(picture).flatten() for picture in pictures]).float()
+    found, _ = probe_features(features - features.mean(dim=1, keepdim=True), torch.from_numpy(data.labels))
+    return {"knn_acc1": found["knn_acc1"]}
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Writes the picture."""
     left, right = (figure := Figure(figsize=(12, 5), layout="tight")).subplots(1, 2)
     heights = {name: found.get("linear_acc1", found["knn_acc1"]) for name, found in results.items()}
-    names = sorted(heights, key=lambda name: heights[name])
+    names = sorted(heights, key=heights.__getitem__)
     for row, name in enumerate(names):
-        found = results[name]
-        colour = "tab:blue" if "linear_acc1" in found else "grey"
-        left.barh(row, heights[name], xerr=found["standard_error"], color=colour)
+        colour = "tab:blue" if "linear_acc1" in (found := results[name]) else "grey"
+        left.barh(row, heights[name], xerr=found.get("standard_error"), color=colour)
         left.plot(found.get("zero_shot", float("nan")), row, "D", color="tab:orange")
         if "uniformity" in found:
-            right.plot(found["uniformity"], found["alignment"], "o")
-            right.annotate(name, (found["uniformity"], found["alignment"]), fontsize=8)
-    left.set_yticks(range(len(names)), names)
-    left.set(xlabel="accuracy: linear probe (bar; pixels: neighbours), zero-shot (diamond)")
+            right.plot(*(place := (found["uniformity"], found["alignment"])), "o")
+            right.annotate(name, place, fontsize=8)
+    left.set(
+        yticks=range(len(names)), yticklabels=names, xlabel="accuracy: linear probe (pixels: neighbours)"
+    )
     right.set(xlabel="uniformity (lower is better)", ylabel="alignment (lower is better)")
     figure.savefig(path, dpi=120)
 
 
-def main(out: Path, steps: int = 200, names: tuple[str, ...] = NAMES, scenes: int = 20_000) -> Results:
+def compare(out: Path, steps: int, names: list[str], *settings: str, scenes: int = 20_000) -> dict[str, Any]:
     """Trains and measures every name; returns and writes what was found."""
-    corpus = make_scenes(out / "data", train=scenes, evaluation=max(60, scenes // 20), size=32)
-    labelled = out / "data" / corpus["sets"]["zeroshot_pictogram"]["path"]
+    labelled, *data = settings or ("",)
+    if not labelled:
+        make_scenes(out / "data", train=scenes, evaluation=max(60, scenes // 20), size=32)
+        labelled, data = f"{out}/data/zeroshot_pictogram", [f"data.train={out}/data/train"]
     results = {"pixels": raw_pixels(labelled)}
     for name in ("random", *names):
-        changes = [f"run.steps={steps}", f"data.train={out}/data/train", f"run.dir={out}/{name}"]
-        untrained = ["run.steps=1", "optim.warmup=0", "optim.lr=1e-12"]
-        changes += untrained if name == "random" else ["optim.warmup=20%"]
-        config = load_config(CONFIGS / f"{name.replace('random', 'quickstart_scenes')}.yaml", changes)
-        results[name] = measured(clipkit.load(clipkit.pretrain(config)["export"]), labelled, name in PAIRED)
-        print(name, {key: round(value, 3) for key, value in results[name].items()}, flush=True)
+        changes = [f"run.steps={steps}", f"run.dir={out}/{Path(name).stem}", "optim.warmup=20%"]
+        if name == "random":  # steps of no length, for the statistics of its BatchNorm
+            changes += ["run.steps=30", "optim.warmup=0", "optim.lr=1e-12"]
+        path = name if ".yaml" in name else CONFIGS / f"{name.replace('random', NAMES[0])}.yaml"
+        model = clipkit.load(clipkit.pretrain(load_config(path, [*changes, *data]))["export"])
+        results[Path(name).stem] = found = measured(model, labelled, name in PAIRED)
+        print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
     (out / "compare.json").write_text(json.dumps(results, indent=1))
     draw(results, out / "compare.png")
     return results
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    chosen = tuple(given[2].split(",")) if len(given) > 2 else NAMES
-    main(Path(given[0] if given else "runs/compare"), int(given[1]) if len(given) > 1 else 200, chosen)
+    given = [*sys.argv[1:], *("runs/compare", "200", ",".join(NAMES))[len(sys.argv) - 1 :]]
+    compare(Path(given[0]), int(given[1]), given[2].split(","), *given[3:])

@@ -44,7 +44,7 @@ def test_an_own_objective_passes_the_suite_from_its_file(run_ranks: Any) -> None
 
 
 def test_objectives_are_compared_in_one_picture(tmp_path: Path) -> None:
-    found = module("compare_objectives").main(tmp_path, 5, ("siglip", "simclr"), scenes=200)
+    found = module("compare_objectives").compare(tmp_path, 5, ["siglip", "simclr"], scenes=200)
     assert list(found) == ["pixels", "random", "siglip", "simclr"]
     assert all(0 < row["knn_acc1"] <= 1 for row in found.values())
     assert "zero_shot" in found["siglip"]
