@@ -260,7 +260,7 @@ def test_bad_overrides_are_named(tmp_path: Path, override: str, cause: str) -> N
         (
             "run",
             "steps: 4\n  evaluate: [{task: zero, data: d}]",
-            "expected zeroshot or retrieval",
+            "expected zeroshot, retrieval or probe",
             "zeroshot",
         ),
         ("run", "steps: 100\n  precision: fp64", "expected fp32, bf16 or fp16", "fp32"),

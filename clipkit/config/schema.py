@@ -285,9 +285,12 @@ class OptimConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """One evaluation inside training; `name` labels its numbers (default: the last part of `data`)."""
+    """One evaluation inside training; `name` labels its numbers (default: the last part of `data`).
 
-    task: Literal["zeroshot", "retrieval"]
+    A probe reads pictures and labels alone, so it also tells how objectives without texts are doing.
+    """
+
+    task: Literal["zeroshot", "retrieval", "probe"]
     data: Text
     classnames: Text | None = None
     templates: Text | None = None

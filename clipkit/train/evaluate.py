@@ -13,6 +13,7 @@ from clipkit.config import EvaluateConfig
 from clipkit.data.views import ImageView
 from clipkit.evaluation import UnusableEmbeddings
 from clipkit.evaluation.datasets import open_classification, open_retrieval
+from clipkit.evaluation.probe import probe
 from clipkit.evaluation.retrieval import retrieval
 from clipkit.evaluation.zero_shot import zero_shot
 from clipkit.models.checks import trimmed_length
@@ -42,27 +43,33 @@ class TrainingEncoder:
         """Returns token ids, int64 (B, T)."""
         return self._towers.tokenizer(captions)
 
-    def _embed(self, images: dict[str, Tensor], texts: dict[str, Tensor]) -> Tensor:
+    def _embed(self, part: str, images: dict[str, Tensor], texts: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             outputs = self._run.learner("embed", images=images, texts=texts, weights=self._weights)
-        (joint,) = (x for name, x in outputs.items() if name.startswith("joint."))
-        return joint
+        (found,) = (x for name, x in outputs.items() if name.startswith(f"{part}."))
+        return found
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Returns joint embeddings (B, D) of uint8 images (B, 3, H, V)."""
-        return self._embed({"image": images.to(self._run.accelerator.device)}, {})
+        return self._embed("joint", {"image": images.to(self._run.accelerator.device)}, {})
+
+    def encode_image_trunk(self, images: Tensor) -> Tensor:
+        """Returns trunk features (B, F) of uint8 images (B, 3, H, V)."""
+        return self._embed("trunk", {"image": images.to(self._run.accelerator.device)}, {})
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Returns joint embeddings (B, D) of token ids (B, T)."""
         trim = self._towers.text_trim
         if trim is not None:
             tokens = tokens[:, : trimmed_length(tokens, trim, tokens.shape[1])]
-        return self._embed({}, {"text": tokens.to(self._run.accelerator.device)})
+        return self._embed("joint", {}, {"text": tokens.to(self._run.accelerator.device)})
 
 
 def _one(encoder: TrainingEncoder, entry: EvaluateConfig, run: Run) -> dict[str, Any]:
     if entry.task == "retrieval":
         result = retrieval(encoder, entry.data, world=run.world)
+    elif entry.task == "probe":
+        result = probe(encoder, entry.data, world=run.world)
     else:
         result = zero_shot(
             encoder, entry.data, classnames=entry.classnames, templates=entry.templates, world=run.world

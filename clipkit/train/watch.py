@@ -19,6 +19,7 @@ STUCK_STEPS = 500
 STUCK_SHARE = 0.02  # a loss this close to chance, relatively, has learned nothing
 PINNED_STEPS = 1000
 DUPLICATES = 0.01
+APART = 0.5  # mean cosine of other couples from which near means alike: at the start all rows are near
 ROWS = 512  # of a batch that are looked at: products of rows stay small
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed number
 
@@ -29,6 +30,8 @@ CURES = {
     "pinned": "the temperature has reached its limit of 100: more duplicates in the data than it bears, or a "
     "learning rate too high",
     "duplicates": "clip pushes pairs with equal captions apart; objectives: [{name: unicl}] does not",
+    "near duplicates": "clip pushes them apart; remove the copies, or name them by a field of their samples: "
+    "objectives: [{name: unicl, label: json.FIELD}]",
 }
 
 
@@ -103,6 +106,10 @@ class Watch:
         image, text = rows.get("joint.image"), rows.get("joint.text")
         if image is not None and text is not None:
             values |= diagnostics.describe_pairs(image, text)
+            near, others = values["near_duplicates"], values["negative_similarity"]
+            if near > DUPLICATES and others < APART and "clip" in self.learner.weights:
+                cause = f"{100 * near:.0f} % of the rows have a neighbour alike in picture and caption"
+                self._sound(step, "near duplicates", "", cause)
             record["similarity"] = diagnostics.similarity_histogram(image, text)
         self.log.append(record)
 

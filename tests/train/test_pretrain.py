@@ -16,11 +16,12 @@ import pytest
 
 from clipkit.checkpoint import CheckpointStore, CheckpointWriteError
 from clipkit.config import make_config
+from clipkit.evaluation.probe import probe
 from clipkit.evaluation.retrieval import retrieval
 from clipkit.export import load
 from clipkit.train import pretrain
 from clipkit.types import ClipkitError, ConfigError, DataError
-from tests.conftest import Ranks
+from tests.conftest import COLOURS, Ranks
 from tests.train.runs import trace, train, values, weights
 
 
@@ -141,10 +142,10 @@ def test_a_signal_saves_and_leaves_and_the_run_continues(
 
 @pytest.fixture
 def captions(tiny_shards: Path, tmp_path: Path) -> Path:
-    """A captions.csv with its images, taken from the shards."""
+    """A captions.csv and a labels.csv (the colour) with their images, taken from the shards."""
     folder = tmp_path / "captions"
     (folder / "images").mkdir(parents=True)
-    rows = ["filepath,caption"]
+    rows, labels = ["filepath,caption"], ["filepath,label"]
     for path in sorted(tiny_shards.glob("*.tar"))[:2]:
         with tarfile.open(path) as tar:
             for member in tar:
@@ -154,8 +155,12 @@ def captions(tiny_shards: Path, tmp_path: Path) -> Path:
                     (folder / "images" / member.name).write_bytes(stream.read())
                 else:
                     text = stream.read().decode()
-                    rows.append(f'images/{member.name.replace(".txt", ".png")},"{text}"')
+                    picture = f"images/{member.name.replace('.txt', '.png')}"
+                    rows.append(f'{picture},"{text}"')
+                    labels.append(f"{picture},{list(COLOURS).index(text.split()[1])}")
     (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    (folder / "labels.csv").write_text("\n".join(labels) + "\n")
+    (folder / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
     return folder
 
 
@@ -169,7 +174,10 @@ def test_evaluation_while_training_equals_the_command_afterwards(
         run__steps=6,
         run__weight_ema=True,
         run__evaluate_every=3,
-        run__evaluate=[{"task": "retrieval", "data": str(captions), "name": "squares"}],
+        run__evaluate=[
+            {"task": "retrieval", "data": str(captions), "name": "squares"},
+            {"task": "probe", "data": str(captions), "name": "colours"},
+        ],
     )
     Ranks(world, train, config).values()
     found = [record for record in records(tmp_path / "run") if record.get("event") == "evaluation"]
@@ -177,6 +185,8 @@ def test_evaluation_while_training_equals_the_command_afterwards(
     for label, which in (("squares", "raw"), ("squares@ema", "ema")):
         again = retrieval(load(tmp_path / "run", weights=which), captions)
         assert found[-1]["results"][label] == again["metrics"]
+        again = probe(load(tmp_path / "run", weights=which), captions)
+        assert found[-1]["results"][label.replace("squares", "colours")] == again["metrics"]
     # The export holds the averaged weights.
     exported = retrieval(load(tmp_path / "run" / "export"), captions)
     assert exported["metrics"] == found[-1]["results"]["squares@ema"]

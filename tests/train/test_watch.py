@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clipkit.train.watch import PATIENCE, STUCK_STEPS, Watch, text_hashes
+from clipkit.types import Batch
 from tests.conftest import Ranks, write_tiny_shards
 from tests.train.runs import trace, train, values, weights
 
@@ -110,6 +111,28 @@ def test_a_healthy_run_raises_no_alarm() -> None:
             step, {"loss/clip": loss, "spread/byol": spread, "logit_scale": 99.95 if step < 900 else 50}
         )
     assert log.records == []
+
+
+@pytest.mark.parametrize(("copies", "alarmed"), [(0, False), (1, False), (4, True)])
+def test_near_duplicates_are_pairs_alike_in_picture_and_caption(copies: int, alarmed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = {}
+    for name in ("image", "text"):
+        x = torch.randn(200, 32, generator=generator)
+        # Alike but not equal, in rows that come in couples; captions alone are alike in a third of the rows.
+        x[:copies] = x[100 : 100 + copies] + 0.01 * torch.randn(copies, 32, generator=generator)
+        if name == "text":
+            x[50:80] = x[150:180]
+        rows[f"joint.{name}"] = torch.nn.functional.normalize(x, dim=1)
+    log, batch = Log(), Batch({}, {}, torch.arange(200), torch.arange(200), ())
+    Watch(Guessing(), 200, log).look(7, batch, rows, {})  # type: ignore[arg-type]
+    assert log.records[-1]["values"]["near_duplicates"] == pytest.approx(2 * copies / 200)
+    assert [line["alarm"] for line in log.records[:-1]] == ["near duplicates"] * alarmed
+    # Before training all rows are near each other, which says nothing about the data.
+    near = {name: torch.nn.functional.normalize(x + 2, dim=1) for name, x in rows.items()}
+    log.records.clear()
+    Watch(Guessing(), 200, log).look(7, batch, near, {})  # type: ignore[arg-type]
+    assert len(log.records) == 1
 
 
 def test_equal_texts_have_equal_hashes_whatever_the_padding() -> None:
