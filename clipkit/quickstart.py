@@ -6,6 +6,7 @@ The data is made, from fonts. It shows that the machine works, not that the mode
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -223,7 +224,8 @@ def format_report(corpus: str, data: Path, rows: list[Row], report: Mapping[str,
         "",
         f"{report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**30:.1f} GiB; "
         f"open_clip reloads {report['export']} with equal embeddings",
-        f"next: clipkit {command} {report['export']} {data / retrieval}",
+        # `uv run` names itself to what it starts; without it the command may be on no path.
+        f"next: {'uv run ' * ('UV' in os.environ)}clipkit {command} {report['export']} {data / retrieval}",
     ]
 
 

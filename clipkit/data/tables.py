@@ -83,36 +83,43 @@ def find_root(table: Path, given: Path | None, image: str) -> ImageRoot:
     raise ConfigError(f"{given}: neither a folder nor a zip file", "point --images at the images")
 
 
-def read_pairs(table: Path, image_key: str, caption_key: str, keep: Sequence[str] = ()) -> list[Pair]:
-    """Returns the rows of a CSV (TSV by its extension) in order, columns `keep` as further fields.
+def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
+    """Returns the rows of a CSV (TSV by its extension) in order; `columns` must be there.
 
-    Raises DataError for an unreadable table, a missing column, or a row that does not fit the header.
+    Raises DataError for an unreadable table, a missing column (with `cure`), a row that does not fit the
+    first line, and a table without rows.
     """
-    tabs = table.suffix.lower() in (".tsv", ".tab")
-    pairs = []
+    tabs, rows = table.suffix.lower() in (".tsv", ".tab"), []
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter="\t" if tabs else ",")
-            columns = reader.fieldnames or []
-            for name in (image_key, caption_key, *keep):
-                if name not in columns:
+            found = reader.fieldnames or []
+            for name in columns:
+                if name not in found:
                     raise DataError(
-                        f"{table}: no column '{name}' (found: {', '.join(columns) or 'nothing'})",
-                        "name the columns with --image-key, --caption-key and --keep",
+                        f"{table}: no column '{name}' (found: {', '.join(found) or 'nothing'})", cure
                     )
-            for number, row in enumerate(reader):
+            for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
                         f"{table}: line {reader.line_num} does not have the columns of the first line",
                         "quote fields that contain the delimiter or a line break",
                     )
-                kept = {name: row[name] for name in keep}
-                pairs.append(Pair(number, row[image_key], normalize_caption(row[caption_key]), kept))
+                rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file") from error
-    if not pairs:
-        raise DataError(f"{table}: no rows", "add one row per image-text pair")
-    return pairs
+    if not rows:
+        raise DataError(f"{table}: no rows", "add one row per image or caption")
+    return rows
+
+
+def read_pairs(table: Path, image_key: str, caption_key: str, keep: Sequence[str] = ()) -> list[Pair]:
+    """Returns the rows of a table in order, columns `keep` as further fields; raises DataError."""
+    cure = "name the columns with --image-key, --caption-key and --keep"
+    return [
+        Pair(number, row[image_key], normalize_caption(row[caption_key]), {name: row[name] for name in keep})
+        for number, row in enumerate(read_rows(table, (image_key, caption_key, *keep), cure))
+    ]
 
 
 def check_pairs(pairs: Sequence[Pair], root: ImageRoot) -> tuple[list[Pair], list[RowReject]]:

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from clipkit.data.tables import ARCHIVE, read_rows
 from clipkit.evaluation.images import FileImages, Images, ZipImages
 from clipkit.evaluation.prompts import read_classnames, read_templates
 from clipkit.evaluation.sets import ClassificationSet, RetrievalSet, retrieval_set
 from clipkit.types import ConfigError, DataError
 
-ARCHIVE = "images.zip"
+HEADER = "the first line must name the columns {}"
 TEMPLATES = ("templates.txt", "zeroshot_classification_templates.txt")
-
-
-def read_rows(table: Path, required: Sequence[str]) -> list[dict[str, str]]:
-    """Returns the rows of a CSV (or TSV); raises DataError for missing columns or broken rows."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-            columns = reader.fieldnames or []
-            missing = [name for name in required if name not in columns]
-            if missing:
-                raise DataError(
-                    f"{table}: no column {missing[0]!r} (found: {', '.join(columns) or 'nothing'})",
-                    f"the first line must name the columns {','.join(required)}",
-                )
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV file") from error
-    for number, row in enumerate(rows, 2):
-        if any(row[name] is None for name in required) or None in row:
-            raise DataError(
-                f"{table}: row {number} does not have the columns of the first line",
-                "quote fields that contain the delimiter",
-            )
-    if not rows:
-        raise DataError(f"{table}: no rows", "add one row per image or caption")
-    return rows
 
 
 def _zip_entries(archive: Path, paths: Sequence[str], table: Path) -> list[str]:
@@ -131,7 +105,7 @@ def read_labels(table: Path) -> ClassificationSet:
     label is a number from 0 (or a class name). Where there is a column class_name it must agree with
     classnames.txt, which catches a file in another order; without the file it gives the names.
     """
-    rows = read_rows(table, ("filepath", "label"))
+    rows = read_rows(table, ("filepath", "label"), HEADER.format("filepath,label"))
     root = table.parent
     names_file = root / "classnames.txt"
     names = read_classnames(names_file) if names_file.is_file() else None
@@ -161,7 +135,7 @@ def read_labels(table: Path) -> ClassificationSet:
 def read_captions(table: Path) -> RetrievalSet:
     """Returns the set of a CSV `filepath,caption`: a row per caption, images by first appearance."""
     captions: dict[str, list[str]] = {}
-    for row in read_rows(table, ("filepath", "caption")):
+    for row in read_rows(table, ("filepath", "caption"), HEADER.format("filepath,caption")):
         captions.setdefault(row["filepath"], []).append(row["caption"])
     images = find_images(table, list(captions))
     return retrieval_set(_name(table), "csv", str(table), images, list(captions.values()), None)
