@@ -260,7 +260,7 @@ def open_train(
     """Returns the training stream of this rank; called by all ranks.
 
     saved   the data position of a checkpoint. Lanes, chunks and windows come from it: fixed for a run.
-    labels  "caption" (equal captions are equal numbers) or fields, for example "cls" or "json.category"
+    labels  "caption", "caption:FIELD" (equal captions are equal numbers) or fields, such as "json.category"
     stored  extensions of members that hold a vector, for example "teacher_image.npy"
     Samples need the members that are named by the views, labels and stored vectors, and no others.
     Raises ConfigError or DataError, the same on every rank.

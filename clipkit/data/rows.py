@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clipkit.data.order import hash_key, mix
 from clipkit.data.sample import Absent, RawSample, caption, decode_image, image_bytes
-from clipkit.data.targets import CAPTION_LABEL, Vector, caption_label, field_label, stored_vector
-from clipkit.data.text import ABSENT_CAPTION, EDA, CaptionSource, TextView
+from clipkit.data.targets import Vector, caption_label, field_label, stored_vector
+from clipkit.data.text import ABSENT_CAPTION, EDA, CaptionSource, TextView, label_source
 from clipkit.data.text_edits import eda
 from clipkit.data.views import ImageView
 from clipkit.types import Batch, ConfigError, Reject
@@ -63,8 +63,8 @@ class SubBatch:
 class Recipe:
     """How a raw sample becomes a row. Picklable; the same in every worker.
 
-    Members that nothing here names need not exist. labels: "caption" or fields; stored: .npy members, each
-    of the width in `widths`.
+    Members that nothing here names need not exist. labels: "caption", "caption:FIELD" or fields; stored: .npy
+    members, each of the width in `widths`.
     """
 
     image_views: tuple[ImageView, ...]
@@ -93,8 +93,9 @@ class Recipe:
         for view in self.text_views:
             source = view.source(self.caption_field)
             found[source] = view.optional and found.get(source, True)
-        if CAPTION_LABEL in self.labels:
-            found[CaptionSource(self.caption_field, None)] = False
+        for label in self.labels:
+            if (read := label_source(label, self.caption_field)) is not None:
+                found[read] = False
         return found
 
     @cached_property
@@ -130,16 +131,16 @@ class Recipe:
                 if not optional:
                     raise
                 captions[source] = None
-        whole = captions.get(CaptionSource(self.caption_field, None))
-        labels = tuple(
-            caption_label(whole or "") if name == CAPTION_LABEL else field_label(sample, name)
-            for name in self.labels
-        )
+        labels = tuple(self._label(sample, captions, name) for name in self.labels)
         stored = tuple(
             stored_vector(sample, name, width) for name, width in zip(self.stored, self.widths, strict=True)
         )
         image = decode_image(image_bytes(sample), self.max_pixels) if self.image_views else None
         return Content(image, captions, labels, stored)
+
+    def _label(self, sample: RawSample, captions: dict[CaptionSource, str | None], name: str) -> int:
+        source = label_source(name, self.caption_field)
+        return field_label(sample, name) if source is None else caption_label(captions[source] or "")
 
     def build(self, epoch: int, slots: Sequence[int], rows: Iterable[Row]) -> SubBatch:
         """Returns the sub-batch of `rows`, one per slot. Leaves the three global generators as they were."""

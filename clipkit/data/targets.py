@@ -17,7 +17,6 @@ from clipkit.data.order import hash_key
 from clipkit.data.sample import Absent, RawSample, Unusable, field_value
 from clipkit.types import DataError
 
-CAPTION_LABEL = "caption"
 MAX_WIDTH = 1 << 16
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})")
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

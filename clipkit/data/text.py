@@ -16,6 +16,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 TRIM_MULTIPLE = 8
 EDA = "eda"
 TEXT_RECIPES = ("", "dropout", EDA)
+CAPTION_LABEL = "caption"
 # Tokenised where an optional caption is absent: rows of padding alone give NaN in towers that mask it.
 ABSENT_CAPTION = "a"
 
@@ -25,6 +26,17 @@ class CaptionSource(NamedTuple):
 
     field: str
     entry: int | None
+
+
+def label_source(label: str, default: str) -> CaptionSource | None:
+    """Returns the caption whose equality makes the label: of `default` for "caption", of FIELD for
+    "caption:FIELD"; None for labels that are fields themselves.
+    """
+    kind, _, field = label.partition(":")
+    if kind != CAPTION_LABEL:
+        return None
+    # As a view of that field reads it: its first caption.
+    return CaptionSource(field, 0) if field else CaptionSource(default, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,6 +261,16 @@ def test_images_alone_and_texts_alone(tmp_path: Path, name: str, mode: str) -> N
         take(opened(texts, 3, PLAIN), 0, 1)
     with pytest.raises(DataError, match="missing caption"):
         take(opened(images, 3, SIMCLR, labels=("caption",)), 0, 1)
+    # A label of another field does not ask for the usual caption either.
+    (tmp_path / "notes").mkdir()
+    members = [
+        [(f"{n}.png", png(n)), (f"{n}.json", json.dumps({"note": f"n{n % 2}"}).encode())] for n in range(6)
+    ]
+    notes = write_tar(tmp_path / "notes" / name, members, mode)
+    (batch,) = take(opened(notes, 6, SIMCLR, labels=("caption:json.note",)), 0, 1)
+    assert torch.equal(
+        batch.labels["caption:json.note"], torch.tensor([caption_label(f"n{n % 2}") for n in batch.ids])
+    )
     (batch,) = take(opened(texts, 6, [], labels=("caption",)), 0, 1)
     assert len(batch.labels["caption"].unique()) == 6
 
