@@ -28,8 +28,9 @@ from clipkit.losses import alignment, uniformity
 from clipkit.types import View
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PAIRED = ("quickstart_scenes", "siglip", "unicl", "slip")
-NAMES = (*PAIRED, "simclr", "dcl", "supcon", "moco_v2", "barlow_twins", "swav", "byol", "simsiam")
+PAIRED = {"clip", "siglip", "unicl", "cyclip", "triplet", "pair_margin", "distill"}
+NAMES = "quickstart_scenes,siglip,unicl,cyclip,slip,triplet,pair_margin,simclr,dcl,supcon,moco_v2,pcl"
+NAMES += ",barlow_twins,swav,byol,simsiam"
 
 
 def measured(model: Any, labelled: str, paired: bool) -> dict[str, float]:
@@ -60,17 +61,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Writes the picture."""
     left, right = (figure := Figure(figsize=(12, 5), layout="tight")).subplots(1, 2)
     heights = {name: found.get("linear_acc1", found["knn_acc1"]) for name, found in results.items()}
-    names = sorted(heights, key=heights.__getitem__)
-    for row, name in enumerate(names):
+    for row, name in enumerate(names := sorted(heights, key=heights.__getitem__)):
         colour = "tab:blue" if "linear_acc1" in (found := results[name]) else "grey"
         left.barh(row, heights[name], xerr=found.get("standard_error"), color=colour)
         left.plot(found.get("zero_shot", float("nan")), row, "D", color="tab:orange")
         if "uniformity" in found:
             right.plot(*(place := (found["uniformity"], found["alignment"])), "o")
             right.annotate(name, place, fontsize=8)
-    left.set(
-        yticks=range(len(names)), yticklabels=names, xlabel="accuracy: linear probe (pixels: neighbours)"
-    )
+    left.set(yticks=range(len(names)), yticklabels=names, xlabel="accuracy of a linear probe (pixels: k-NN)")
     right.set(xlabel="uniformity (lower is better)", ylabel="alignment (lower is better)")
     figure.savefig(path, dpi=120)
 
@@ -84,11 +82,13 @@ def compare(out: Path, steps: int, names: list[str], *settings: str, scenes: int
     results = {"pixels": raw_pixels(labelled)}
     for name in ("random", *names):
         changes = [f"run.steps={steps}", f"run.dir={out}/{Path(name).stem}", "optim.warmup=20%"]
-        if name == "random":  # steps of no length, for the statistics of its BatchNorm
-            changes += ["run.steps=30", "optim.warmup=0", "optim.lr=1e-12"]
-        path = name if ".yaml" in name else CONFIGS / f"{name.replace('random', NAMES[0])}.yaml"
-        model = clipkit.load(clipkit.pretrain(load_config(path, [*changes, *data]))["export"])
-        results[Path(name).stem] = found = measured(model, labelled, name in PAIRED)
+        # Steps of no length, for the statistics of its BatchNorm.
+        changes += ["run.steps=30", "optim.warmup=0", "optim.lr=1e-12"] * (name == "random")
+        kind = names[0] if name == "random" else name
+        config = load_config(kind if ".yaml" in kind else CONFIGS / f"{kind}.yaml", [*changes, *data])
+        trained = {entry.name for entry in config.objectives if "tower" not in entry.options}
+        model = clipkit.load(clipkit.pretrain(config)["export"])
+        results[Path(name).stem] = found = measured(model, labelled, bool(trained & PAIRED))
         print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
     (out / "compare.json").write_text(json.dumps(results, indent=1))
     draw(results, out / "compare.png")
@@ -96,5 +96,5 @@ def compare(out: Path, steps: int, names: list[str], *settings: str, scenes: int
 
 
 if __name__ == "__main__":
-    given = [*sys.argv[1:], *("runs/compare", "200", ",".join(NAMES))[len(sys.argv) - 1 :]]
+    given = [*sys.argv[1:], *("runs/compare", "200", NAMES)[len(sys.argv) - 1 :]]
     compare(Path(given[0]), int(given[1]), given[2].split(","), *given[3:])

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+import clipkit
+from clipkit.train import pretrain
+from tests.train.runs import values
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -50,6 +59,28 @@ def test_objectives_are_compared_in_one_picture(tmp_path: Path) -> None:
     assert "zero_shot" in found["siglip"]
     assert "zero_shot" not in found["simclr"]
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stored_teacher_vectors_are_those_of_the_teacher(tiny_shards: Path, tmp_path: Path) -> None:
+    teacher = pretrain(values(tiny_shards, tmp_path / "teacher", run__steps=1))["export"]
+    written = module("store_teacher").main(teacher, tiny_shards, tmp_path / "stored")
+    assert written == 96
+    model, vectors = clipkit.load(teacher), {}
+    with tarfile.open(sorted((tmp_path / "stored").glob("*.tar"))[-1]) as tar:
+        for member in tar:
+            stream = tar.extractfile(member)
+            assert stream is not None
+            vectors[member.name] = stream.read()
+    picture = Image.open(io.BytesIO(vectors["000095.png"]))
+    for side, expected in (
+        ("image", model.encode_image([picture])),
+        ("text", model.encode_text([vectors["000095.txt"].decode()])),
+    ):
+        found = torch.from_numpy(np.load(io.BytesIO(vectors[f"000095.teacher_{side}.npy"])))
+        torch.testing.assert_close(found.float(), expected[0].cpu(), rtol=0, atol=1e-3)
+    config = values(tmp_path / "stored", tmp_path / "student", run__steps=2)
+    config["objectives"] = [{"name": "distill", "stored": {"scale": 50}, "views": {"image": "none"}}]
+    assert pretrain(config)["steps"] == 2
 
 
 def test_configurations_in_the_guides_are_valid(tmp_path: Path) -> None:

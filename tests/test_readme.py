@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from clipkit.cli import main
 from clipkit.config import load_config
+from clipkit.objectives import OBJECTIVES, build_objectives
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "examples" / "guides").glob("*.md"))
 
 
 def blocks(language: str) -> list[str]:
@@ -35,12 +41,55 @@ def test_the_readme_is_short() -> None:
 def test_configurations_shown_are_valid(tmp_path: Path) -> None:
     for block in blocks("yaml"):
         (tmp_path / "shown.yaml").write_text(block)
-        load_config(tmp_path / "shown.yaml")
+        config = load_config(tmp_path / "shown.yaml")
+        build_objectives([{"name": e.name, **e.options} for e in config.objectives], OBJECTIVES)
+
+
+def test_own_images_become_a_model_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "data_scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    tables = {
+        "catalogue/pairs.csv": "caption",
+        "my_captions/captions.csv": "caption",
+        "my_labels/labels.csv": "label",
+    }
+    for path, column in tables.items():
+        folder = tmp_path / Path(path).parent
+        (folder / "images").mkdir(parents=True)
+        rows = [f"filepath,{column}"]
+        for number in range(16):
+            picture = Image.new("RGB", (60, 80), (16 * number, 255 - 16 * number, 90))
+            picture.save(folder / "images" / f"{number}.png")
+            rows.append(f"images/{number}.png,{f'shade {number}' if column == 'caption' else number % 2}")
+        (tmp_path / path).write_text("\n".join(rows) + "\n")
+    (tmp_path / "my_labels" / "classnames.txt").write_text("dark\nlight\n")
+    (block,) = (block for block in blocks("bash") if "make_shards.py" in block)
+    commands = [
+        shlex.split(command, comments=True) for line in block.splitlines() for command in line.split(" && ")
+    ]
+    assert len(commands) == 6
+    for words in commands:
+        assert words[:2] == ["uv", "run"]
+        if words[2] == "clipkit":
+            small = ["data.batch_size=8", "run.epochs=1", "optim.warmup=0", "data.workers=0"]
+            assert main([*words[3:], *(small if words[3] == "pretrain" else [])]) == 0, words
+        else:
+            done = subprocess.run([sys.executable, *words[3:]], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    assert (tmp_path / "exported" / "open_clip_config.json").is_file()
 
 
 def test_every_command_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    named = set(re.findall(r"uv run clipkit (\w+)", README))
-    assert {"quickstart", "pretrain", "zeroshot", "retrieval", "export"} <= named
+    named = set(
+        re.findall(r"\bclipkit ([a-z][a-z-]+)\b", "".join(re.findall(r"`.*?`", README + GUIDES, re.DOTALL)))
+    )
+    others = re.search(r"Other commands: (.*?)Exit codes", README, flags=re.DOTALL)
+    assert others is not None
+    named |= set(re.findall(r"`([a-z-]+)", others[1]))
+    assert {"quickstart", "pretrain", "zeroshot", "retrieval", "export", "probe", "sweep", "doctor"} <= named
     for command in named:
         assert main([command, "--help"]) == 0
         assert "Usage: clipkit" in capsys.readouterr().out
