@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,36 @@ from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import Towers
 from clipkit.objectives import Objective
+from clipkit.objectives.distill import Distill
+from clipkit.objectives.margin import Margin
+from clipkit.objectives.paired import Paired, UniCl
+from clipkit.objectives.two_view import TwoView
 from clipkit.types import Batch, ConfigError, Embeddings, Needs, TeacherEmbeddings
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image view and a text view that the objective `label` compares, by name.
+
+    repels  it pushes every other row of the batch away, one with the same caption as well
+    """
+
+    label: str
+    image: str
+    text: str
+    repels: bool
+
+
+@dataclass(frozen=True)
+class Couple:
+    """Two views of one tower that the objective `label` compares; part: "trunk" or "joint" embeddings."""
+
+    label: str
+    first: str
+    second: str
+    part: str
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -57,6 +85,27 @@ class Learner(nn.Module):
     def needs(self) -> Needs:
         """The union of what the objectives declare."""
         return needs_of(part for part in self.objectives.values() if isinstance(part, Objective))
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Returns the image-text pairs of the objectives: one image view against one caption each."""
+        found = []
+        for label, part in self.objectives.items():
+            assert isinstance(part, Objective)
+            image = part.needs.of_tower("image")
+            text = [view for view in part.needs.of_tower("text") if not view.optional]
+            if len(image) == len(text) == 1:
+                found.append(Pair(label, image[0].name, text[0].name, repels(part)))
+        return found
+
+    @property
+    def couples(self) -> list[Couple]:
+        """Returns the two views that the two-view objectives compare, before a projector of their own."""
+        return [
+            Couple(label, part.first.name, part.second.name, "joint" if part.projector is None else "trunk")
+            for label, part in self.objectives.items()
+            if isinstance(part, TwoView)
+        ]
 
     def chance(self, label: str, rows: int) -> float | None:
         """Returns the loss of the term `label` for a global batch of `rows` equal embeddings, or None."""
@@ -165,16 +214,26 @@ class Learner(nn.Module):
 def inspected(embeddings: Tensors, terms: Tensors) -> Tensors:
     """Returns the norm of every term's gradient at the embeddings, () each, and the embeddings detached.
 
-    One backward per term through the scores alone; the gradients of parameters are left as they are.
+    One backward per term through the scores alone; the gradients of parameters are left as they are. Where
+    every tower stands still, nothing has a gradient there and the norms are left out.
     """
     own = {name: x for name, x in embeddings.items() if not name.startswith("teacher.")}
     leaves = [x for x in own.values() if x.requires_grad]
     found = {f"embedding.{name}": x.detach() for name, x in own.items()}
-    for label, term in terms.items():
-        gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
+    for label, term in terms.items() if leaves else ():
+        gradients: tuple[Tensor | None, ...] = ()
+        if term.requires_grad:  # a queue that is empty gives a loss without a graph
+            gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
         squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
         found[f"gradient/{label}"] = torch.stack(squares).sum().sqrt() if squares else term.detach() * 0
     return found
+
+
+def repels(part: Objective) -> bool:
+    """Returns whether an image-text objective treats other rows as negatives, those of equal caption too."""
+    if isinstance(part, UniCl | Margin):
+        return part.label != "caption"
+    return isinstance(part, Paired) and not isinstance(part, Distill)
 
 
 def named(tensors: Tensors, prefix: str) -> Tensors:

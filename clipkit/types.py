@@ -200,7 +200,8 @@ class Teacher:
 class Needs:
     """What an objective declares; the loader builds nothing else, and required members follow from it.
 
-    labels  "caption" (equal captions have equal labels) or a field such as "cls" or "json.category"
+    labels  "caption" or "caption:FIELD" (equal captions have equal labels), or a field such as "cls" or
+            "json.category"
     stored  members that hold a vector each, such as "teacher_image.npy"
     """
 
@@ -219,7 +220,8 @@ class Needs:
                 if replace(known, views=teacher.views) != teacher:
                     raise ConfigError(
                         f"two objectives describe the teacher `{teacher.name}` differently",
-                        "give both the same momentum, schedule and model",
+                        "one name stands for one momentum, schedule and model: rename one of them (fixed "
+                        "models are named after their path)",
                     )
             teachers[teacher.name] = teacher
         merged = Needs(

@@ -100,6 +100,15 @@ def test_wrong_type(capsys: pytest.CaptureFixture[str], config: dict[str, Any], 
     fails(capsys, 2, "data.batch_size", "pretrain", write(config, tmp_path / "c.yaml"))
 
 
+def test_a_batch_without_negatives(
+    capsys: pytest.CaptureFixture[str], config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["data"]["batch_size"] = 1
+    path = write(config, tmp_path / "c.yaml")
+    fails(capsys, 2, "data.batch_size is 1", "pretrain", path)
+    fails(capsys, 2, "data.batch_size is 1", "configs", "validate", path)
+
+
 def test_missing_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fails(capsys, 2, "none.yaml", "pretrain", tmp_path / "none.yaml")
 

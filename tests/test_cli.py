@@ -293,6 +293,35 @@ def test_configs_are_listed_shown_and_checked(capsys: pytest.CaptureFixture[str]
     assert f"{tmp_path / 'bad.yaml'}: unknown objective `clipp`" in capsys.readouterr().err
 
 
+def test_an_objective_is_checked_and_its_faults_are_a_failed_gate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_ranks: Any, tmp_path: Path
+) -> None:
+    from clipkit.objectives import suite
+
+    # Fresh processes import torch again; forked ones answer the same.
+    monkeypatch.setattr(suite, "spawn", run_ranks)
+    own = Path(__file__).parents[1] / "examples" / "own_objective.py"
+    assert main(["test-objective", f"{own}:TolerantClip", "threshold=0.5"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(suite.CHECKS) + 2
+    assert all("ok" in line for line in said)
+    # The mean over this rank's rows alone: right on one process, wrong on two.
+    broken = (
+        own.read_text()
+        .replace("gather(image), gather(text)", "image, text")
+        .replace(" + World", " + 0 * World")
+    )
+    (tmp_path / "broken.py").write_text(broken)
+    assert main(["test-objective", f"{tmp_path / 'broken.py'}:TolerantClip", "threshold=0.5"]) == 4
+    said, complaint = capsys.readouterr()
+    assert said.count("FAILED") == 2
+    assert "fails 2 of 7 checks: 2 ranks = one process, 3 ranks = one process" in complaint
+    assert "cure: " in complaint
+    assert main(["test-objective", f"{own}:TolerantClip", "threshold=2"]) == 2
+    assert main(["test-objective", "supcon"]) == 2
+    assert "write {name: supcon, label: ...}" in capsys.readouterr().err
+
+
 def test_the_configurations_of_clipkit_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs", "validate"]) == 0
     names = {line.split(":")[0] for line in capsys.readouterr().out.splitlines()}

@@ -70,7 +70,7 @@ def validate(paths: Paths = None) -> None:
     """Check configurations completely, objectives and their options included; exit 2 on a problem."""
     from clipkit.config import ConfigErrors, load_config
     from clipkit.config.problems import Origin, Problem
-    from clipkit.objectives import OBJECTIVES, build_objectives
+    from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size
 
     problems: list[Problem] = []
     files = _files(paths)
@@ -78,7 +78,7 @@ def validate(paths: Paths = None) -> None:
         try:
             checked = load_config(path)
             entries = [{"name": e.name, "weight": e.weight, **e.options} for e in checked.objectives]
-            build_objectives(entries, OBJECTIVES)
+            check_batch_size(build_objectives(entries, OBJECTIVES), checked.data.batch_size)
         except ConfigErrors as error:
             problems += error.problems
         except ConfigError as error:

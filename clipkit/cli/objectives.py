@@ -15,7 +15,7 @@ def check_objective(
     ],
     options: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...")] = None,
 ) -> None:
-    """Check an objective: gradients, order of rows, saved state, 2 and 3 processes; exit 4 if one fails."""
+    """Check an objective: gradients, rows, micro-batches, saved state, 2 and 3 ranks; exit 4 on failure."""
     from clipkit.config import read_options
     from clipkit.objectives import suite
     from clipkit.types import GateError
@@ -26,6 +26,6 @@ def check_objective(
     if failed:
         raise GateError(
             f"`{name}` fails {len(failed)} of {len(findings)} checks: {', '.join(failed)}",
-            "return the mean over this rank's rows against gathered candidates, keep state in buffers, and "
-            "declare what is read; examples/own_objective.py is one that passes",
+            "return the mean over this rank's rows against gathered candidates, keep state in buffers and "
+            "change it in after_step alone, and declare what is read; examples/own_objective.py passes",
         )

@@ -99,16 +99,20 @@ def sweep(
     """Train one run per value of a key (per combination for several keys) and compare them.
 
     Example: clipkit sweep configs/simclr.yaml objectives.0.temperature=0.1,0.2,0.5 run.steps=200
-    An interrupted sweep continues with the same command. Writes sweep.json and sweep.png.
+    An interrupted sweep continues with the same command. Writes sweep.json and sweep.png. A run that fails
+    does not stop the others; the exit code is that of the first failure.
     """
+    from clipkit.train.sweep import raise_failures
     from clipkit.train.sweep import sweep as work
 
     directory = directory or Path("runs") / f"sweep-{config.stem}"
     runs = work(config, overrides, directory, say)
-    names = list(dict.fromkeys(name for run in runs for name in run.outcome))
+    names = list(dict.fromkeys(name for run in runs for name in run.outcome)) or ["outcome"]
     rows = [[*runs[0].values, *names]]
     for run in runs:
-        numbers = (f"{run.outcome[name]:.4g}" if name in run.outcome else "--" for name in names)
+        none = "--" if run.failure is None else "failed"
+        numbers = (f"{run.outcome[name]:.4g}" if name in run.outcome else none for name in names)
         rows.append([*run.values.values(), *numbers])
     say(table(rows))
     say(f"written to {directory}/sweep.json and {directory}/sweep.png")
+    raise_failures(runs)

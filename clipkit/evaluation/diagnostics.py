@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clipkit.losses import alignment, uniformity
+from clipkit.losses.geometry import spread
 
 BINS = 64
 NEAR = 0.95  # cosine from which two pictures, or two captions, count as nearly the same
@@ -63,7 +64,10 @@ def effective_rank(features: Tensor) -> float:
     centred = features.double() - features.double().mean(dim=0)
     # The smaller of the two products has the same non-zero spectrum, and is the cheaper one.
     gram = centred.T @ centred if features.shape[0] >= features.shape[1] else centred @ centred.T
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    # Rounding leaves tiny values where there is none; their roots would add up over many dimensions.
+    values[values <= values.amax() * len(values) * torch.finfo(values.dtype).eps] = 0
+    values = values.sqrt()
     total = values.sum()
     if not float(total) > 0:
         return 1.0
@@ -105,3 +109,14 @@ def describe_pairs(image: Tensor, text: Tensor, limit: int = 512) -> dict[str, f
         "modality_gap": modality_gap(image, text),
         "near_duplicates": near_duplicate_share(image, text),
     }
+
+
+@torch.no_grad()
+def describe_embeddings(image: Tensor, text: Tensor, limit: int = 512) -> dict[str, float]:
+    """Returns `describe_pairs` of the first `limit` pairs, with the rank and the spread of either side."""
+    image, text = image[:limit], text[:limit]
+    found = describe_pairs(image, text, limit)
+    for name, rows in (("image", image), ("text", text)):
+        found[f"effective_rank_{name}"] = effective_rank(rows)
+        found[f"spread_{name}"] = float(spread(rows.float()))
+    return found

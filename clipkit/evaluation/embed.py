@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed
@@ -30,6 +30,8 @@ Progress = Callable[[str, int, int], None]
 # Root mean square distance of unit rows from their mean below which they count as one point. Untrained towers
 # lie around 1e-1 to 1e-2, rounding of float32 rows around 1e-7.
 COLLAPSED = 1e-5
+
+T = TypeVar("T")
 
 
 class UnusableEmbeddings(ClipkitError):
@@ -116,12 +118,32 @@ def _fail_together(error: ClipkitError | None, world: World) -> None:
         raise next(found for found in gather_objects(error) if found is not None)
 
 
+def together(work: Callable[[], T], world: World) -> T:
+    """Returns what `work` returns on this rank; an error of one rank is raised on every rank.
+
+    All ranks must call it. A file that one machine lacks would otherwise leave the others in a collective.
+    """
+    value: T | None = None
+    failure: ClipkitError | None = None
+    try:
+        value = work()
+    except ClipkitError as error:
+        failure = error
+    _fail_together(failure, world)
+    return value  # type: ignore[return-value]
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Returns the rows of all ranks in rank order, (B, ...) -> (N, ...), wherever the tensor lies."""
+    if World.current().size > 1 and torch.distributed.get_backend() == "nccl" and not x.is_cuda:
+        x = x.cuda()  # nccl moves nothing else
+    return gather(x)
+
+
 def _collect(parts: list[Tensor], rows: int, world: World) -> Tensor:
     local = torch.cat(parts)
     if world.size > 1:
-        if torch.distributed.get_backend() == "nccl" and not local.is_cuda:
-            local = local.cuda()  # nccl moves nothing else
-        local = gather(local)
+        local = gather_rows(local)
     return local[:rows]
 
 

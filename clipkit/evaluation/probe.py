@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from clipkit.dist import World
 from clipkit.evaluation.datasets import open_classification
-from clipkit.evaluation.embed import Encoder, Progress, check_embeddings, embed_images
+from clipkit.evaluation.embed import Encoder, Progress, check_embeddings, embed_images, together
 from clipkit.evaluation.results import build_result
 from clipkit.evaluation.sets import ClassificationSet
 from clipkit.types import DataError
@@ -188,8 +188,22 @@ def probe_features(
 
 def _features(model: Encoder, dataset: ClassificationSet, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     features = embed_images(model, dataset.images, **options)
+    if features.device.type == "mps":  # Metal has no float64
+        features = features.cpu()
     check_embeddings(features, "image", dataset.images.name)
     return features, torch.from_numpy(dataset.labels).to(features.device)
+
+
+def open_probed(data: str | Path) -> tuple[ClassificationSet, ClassificationSet | None]:
+    """Returns (the rows to test, the rows to fit on); None for the latter: folds of the former.
+
+    Raises ConfigError and DataError as `open_classification` does, DataError for a single class.
+    """
+    tested = open_classification(data, "test")
+    trained = open_classification(data, "train") if tested.split is not None and _has_train(data) else None
+    if len(set(tested.labels.tolist())) < 2:
+        raise DataError(f"{tested.source}: only one class", "probe a set with at least two classes")
+    return tested, trained
 
 
 def probe(
@@ -208,10 +222,7 @@ def probe(
     """
     encoder = _Trunk(model)
     options = {"batch_size": batch_size, "workers": workers, "world": world, "progress": progress}
-    tested = open_classification(data, "test")
-    trained = open_classification(data, "train") if tested.split is not None and _has_train(data) else None
-    if len(set(tested.labels.tolist())) < 2:
-        raise DataError(f"{tested.source}: only one class", "probe a set with at least two classes")
+    tested, trained = together(lambda: open_probed(data), world or World())
     test = _features(encoder, tested, options)
     if trained is None:
         metrics, protocol = probe_features(*test)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from clipkit.dist import World
 from clipkit.evaluation.datasets import open_retrieval
-from clipkit.evaluation.diagnostics import describe_pairs
-from clipkit.evaluation.embed import Encoder, Progress, check_embeddings, distinct, embed_images, embed_texts
+from clipkit.evaluation.diagnostics import describe_embeddings, duplicate_share, similarity_histogram
+from clipkit.evaluation.embed import (
+    Encoder,
+    Progress,
+    check_embeddings,
+    distinct,
+    embed_images,
+    embed_texts,
+    together,
+)
 from clipkit.evaluation.ranks import Ranks, on_grid, retrieval_ranks
 from clipkit.evaluation.results import build_result
 from clipkit.evaluation.sets import RetrievalSet
@@ -29,7 +37,17 @@ DEFINITIONS = {
     "ties": "pessimistic: candidates with exactly the score of the right answer stand before it (other own "
     "captions of an image are no candidates against it); `optimistic` puts them behind it, and every other "
     "way to break ties lies between the two",
+    "diagnostics": f"of the first {DIAGNOSED:,} images that have a caption, each with its first one: "
+    "how the embeddings lie, not how good they are",
 }
+
+
+@runtime_checkable
+class Scaled(Protocol):
+    """An encoder with a temperature."""
+
+    @property
+    def logit_scale(self) -> float: ...
 
 
 def _recall(ranks: Tensor, valid: Tensor, k: int, candidates: int) -> float | None:
@@ -95,12 +113,21 @@ def _counts(dataset: RetrievalSet, unique: int, text_index: Tensor) -> dict[str,
     }
 
 
-def _diagnostics(images: Tensor, texts: Tensor, owners: Tensor) -> dict[str, float]:
-    """Numbers about the first pairs of the set: every image with the first of its captions."""
+def _diagnostics(
+    model: Encoder, images: Tensor, texts: Tensor, owners: Tensor, text_index: Tensor
+) -> dict[str, Any]:
+    """What training reports, about the first pairs of the set: every image with the first of its captions."""
     first = torch.full((len(images),), len(texts), dtype=torch.int64, device=owners.device)
     first = first.scatter_reduce(0, owners, torch.arange(len(texts), device=owners.device), "amin")
     rows = (first < len(texts)).nonzero()[:DIAGNOSED, 0]
-    return describe_pairs(images[rows], texts[first[rows]], DIAGNOSED)
+    # Not on the device: Metal has no float64, and a small float64 spectrum is slow elsewhere.
+    image, text = images[rows].cpu(), texts[first[rows]].cpu()
+    found: dict[str, Any] = describe_embeddings(image, text, DIAGNOSED)
+    found["duplicate_captions"] = duplicate_share(text_index[first[rows].cpu()])
+    if isinstance(model, Scaled):
+        found["logit_scale"] = model.logit_scale
+    found["similarity"] = similarity_histogram(image, text)
+    return found
 
 
 def retrieval(
@@ -119,7 +146,7 @@ def retrieval(
     Arguments and errors as in `zero_shot`. Equal captions are encoded once: their scores are equal.
     """
     world = world or World()
-    dataset = open_retrieval(data, split)
+    dataset = together(lambda: open_retrieval(data, split), world)
     unique, text_index = distinct(dataset.captions)
     texts = embed_texts(model, unique, batch_size=batch_size, world=world, progress=progress)
     check_embeddings(texts, "text", lambda row: repr(unique[row]))
@@ -146,5 +173,5 @@ def retrieval(
         counts,
         protocol,
         ties=ties,
-        diagnostics=_diagnostics(images, all_texts, owners),
+        diagnostics=_diagnostics(model, images, all_texts, owners, text_index),
     )

@@ -12,10 +12,19 @@ from torch.nn import functional
 
 from clipkit.dist import World
 from clipkit.evaluation.datasets import open_classification
-from clipkit.evaluation.embed import Encoder, Progress, check_embeddings, distinct, embed_images, embed_texts
+from clipkit.evaluation.embed import (
+    Encoder,
+    Progress,
+    check_embeddings,
+    distinct,
+    embed_images,
+    embed_texts,
+    together,
+)
 from clipkit.evaluation.prompts import ClassNames, Prompts, Templates, build_prompts
 from clipkit.evaluation.ranks import class_ranks, on_grid
 from clipkit.evaluation.results import build_result
+from clipkit.evaluation.sets import ClassificationSet
 from clipkit.types import DataError
 
 DEFINITIONS = {
@@ -78,6 +87,24 @@ def _per_class(names: Sequence[str], samples: Tensor, correct: Tensor) -> list[d
     ]
 
 
+def open_prompted(
+    data: str | Path, classnames: ClassNames = None, templates: Templates = None, split: str = "test"
+) -> tuple[ClassificationSet, tuple[str, ...], Prompts]:
+    """Returns (images with labels, class names, prompts): all that can be wrong before a model is asked.
+
+    Arguments as in `zero_shot`. Raises ConfigError for missing files and names, DataError for names that do
+    not fit the data, and for fewer than two classes.
+    """
+    dataset = open_classification(data, split)
+    names = dataset.classnames(classnames)
+    if len(names) < 2:
+        raise DataError(
+            f"{dataset.source}: only one class, {names[0]!r}: every image would be right",
+            "point the command at the folder that holds one folder per class",
+        )
+    return dataset, names, build_prompts(names, templates, dataset.templates, dataset.wordnet)
+
+
 def zero_shot(
     model: Encoder,
     data: str | Path,
@@ -102,14 +129,7 @@ def zero_shot(
     images), ClipkitError (embeddings that are not finite or collapsed).
     """
     world = world or World()
-    dataset = open_classification(data, split)
-    names = dataset.classnames(classnames)
-    if len(names) < 2:
-        raise DataError(
-            f"{dataset.source}: only one class, {names[0]!r}: every image would be right",
-            "point the command at the folder that holds one folder per class",
-        )
-    prompts = build_prompts(names, templates, dataset.templates, dataset.wordnet)
+    dataset, names, prompts = together(lambda: open_prompted(data, classnames, templates, split), world)
     classes = _classifier(model, prompts, batch_size, world, progress)
     images = embed_images(
         model, dataset.images, batch_size=batch_size, workers=workers, world=world, progress=progress

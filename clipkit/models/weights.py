@@ -20,6 +20,8 @@ from clipkit.types import ConfigError
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+# What a run directory holds; the names are those of clipkit.train and clipkit.export.load.
+EXPORT, CHECKPOINTS = "export", "checkpoints"
 # Names of the text tower's parts at the top level of open_clip's older class `CLIP`.
 OLD_TEXT_PARTS = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
 # A file from a clipkit checkpoint holds the whole learner; the average is what gets evaluated and shipped.
@@ -73,13 +75,14 @@ def pretrained_document(model: str, tag: str) -> dict[str, Any]:
 
 
 def read_weights(source: str) -> Weights:
-    """Returns the weights of an open_clip directory, a .safetensors file or an open_clip `name:tag`.
+    """Returns the weights of an open_clip directory, a run's export, a .safetensors file or a `name:tag`.
 
-    Only `name:tag` may download. Names are converted to CustomTextCLIP's where they are an older CLIP's.
-    Raises ConfigError naming the source.
+    A run directory stands for the export/ inside it. Only `name:tag` may download. Names are converted to
+    CustomTextCLIP's where they are an older CLIP's. Raises ConfigError naming the source.
     """
     path = Path(source)
     if path.is_dir():
+        path = _exported(path)
         document = read_document(path)
         found = _find_checkpoint_in_dir(path)
         if found is None:
@@ -97,7 +100,7 @@ def read_weights(source: str) -> Weights:
     if named is None:
         raise ConfigError(
             f"init {source}: no such directory, file or open_clip name:tag",
-            "name an open_clip directory, a .safetensors file, or an open_clip name:tag",
+            "name an open_clip directory, a run directory, a .safetensors file, or an open_clip name:tag",
         )
     document = pretrained_document(*named)
     try:
@@ -108,6 +111,20 @@ def read_weights(source: str) -> Weights:
             "check the network, or export the model elsewhere and name that directory",
         ) from error
     return Weights(source, _read_file(Path(file)), document["preprocess_cfg"], document["model_cfg"])
+
+
+def _exported(folder: Path) -> Path:
+    """The folder itself, or the export inside a run directory."""
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    if (folder / EXPORT / CONFIG_FILE).is_file():
+        return folder / EXPORT
+    if (folder / CHECKPOINTS).is_dir():
+        raise ConfigError(
+            f"the run {folder} has no {EXPORT}/ yet: it has not ended",
+            f"run `clipkit export {folder} OUT` for its newest checkpoint and name OUT, or wait for its end",
+        )
+    return folder
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Objectives by name: what a configuration lists under `objectives`."""
 
-from clipkit.objectives.base import Objective, Scale, Widths, shared_scale
+from clipkit.objectives.base import Objective, Scale, Widths, check_batch_size, shared_scale
 from clipkit.objectives.distill import Distill
 from clipkit.objectives.margin import PairMargin, Triplet
 from clipkit.objectives.paired import Clip, CyClip, SigLip, UniCl
@@ -28,4 +28,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "distill": Distill,
 }
 
-__all__ = ["OBJECTIVES", "Objective", "Scale", "Widths", "build_objectives", "shared_scale"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "Scale",
+    "Widths",
+    "build_objectives",
+    "check_batch_size",
+    "shared_scale",
+]

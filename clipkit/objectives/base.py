@@ -49,8 +49,10 @@ class Objective(nn.Module):
 
     needs: Needs = Needs()
     scale: Scale | None = None
-    # Part of the value is held constant on purpose: finite differences see more than backward.
+    # Part of the value is a constant on purpose: finite differences must hold what forward detaches.
     stops_gradient: bool = False
+    # The smallest global batch that has a loss and a gradient.
+    fewest_rows: int = 1
     # Lines for the banner of a run.
     notes: tuple[str, ...] = ()
 
@@ -105,12 +107,40 @@ def shared_scale(objectives: Mapping[str, tuple[Objective, float]]) -> Scale:
     return next(iter(wanted.values()), Scale())
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
-    """Returns an option of an objective as a float; raises ConfigError outside low..high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ConfigError(f"{name} is {value!r}", f"give a number {bounds}")
+def check_batch_size(objectives: Mapping[str, tuple[Objective, float]], rows: int) -> None:
+    """Raises ConfigError when a global batch of `rows` is too small for one of the objectives."""
+    for label, (part, _) in objectives.items():
+        if rows < part.fewest_rows:
+            raise ConfigError(
+                f"objective `{label}` compares the rows of a batch, and data.batch_size is {rows}",
+                f"set data.batch_size to at least {part.fewest_rows}; hundreds are usual",
+            )
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """Returns an option of an objective as a finite float; raises ConfigError outside low..high."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        bounds = f" between {low:g} and {high:g}" if high < math.inf else f" of at least {low:g}"
+        raise ConfigError(f"{name} is {value!r}", f"give a number{bounds if low > -math.inf else ''}")
     return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns an option of an objective that is true or false; raises ConfigError for all else.
+
+    YAML 1.2 reads `no` and `off` as texts, which Python holds to be true.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}", "write true or false")
+    return value
+
+
+def check_text(name: str, value: Any, example: str) -> str:
+    """Returns an option of an objective that is a text with something in it; raises ConfigError."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} is {value!r}", f"write a text, such as {example}")
+    return value
 
 
 def read_options(name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,11 +157,18 @@ def read_options(name: str, given: Any, defaults: Mapping[str, Any]) -> dict[str
     return {**defaults, **given}
 
 
-def check_count(name: str, value: int, low: int) -> int:
+def check_count(name: str, value: Any, low: int) -> int:
     """Returns an option of an objective that is a whole number of at least `low`; raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name} is {value!r}", f"give a whole number of at least {low}")
     return value
+
+
+def check_counts(name: str, value: Any, low: int) -> tuple[int, ...]:
+    """Returns an option that lists whole numbers of at least `low`, one or more; raises ConfigError."""
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{name} is {value!r}", f"give a list, such as [{low}, {2 * low}]")
+    return tuple(check_count(name, number, low) for number in value)
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> Any:

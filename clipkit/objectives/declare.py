@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from clipkit.types import IMAGE, TEXT, ConfigError, View
 
@@ -11,9 +12,9 @@ TOWERS = ("image", "text")
 TEXT_RECIPES = ("dropout", "eda")
 
 
-def check_tower(tower: str) -> str:
+def check_tower(tower: Any) -> str:
     """Returns `tower`; raises ConfigError unless it is "image" or "text"."""
-    if tower not in TOWERS:
+    if not isinstance(tower, str) or tower not in TOWERS:
         raise ConfigError(f"tower is {tower!r}", "use image or text")
     return tower
 
@@ -40,8 +41,12 @@ def views_of(
 ) -> tuple[View, ...]:
     """Returns `count` views of one tower: all of one recipe, or one recipe each; raises ConfigError."""
     wanted = default if recipes is None else recipes
-    listed = [wanted] * count if isinstance(wanted, str) else list(wanted)
-    if len(listed) != count or not all(isinstance(recipe, str) and recipe for recipe in listed):
+    listed = [wanted] * count if isinstance(wanted, str) else wanted
+    if (
+        not isinstance(listed, list | tuple)
+        or len(listed) != count
+        or not all(isinstance(recipe, str) and recipe for recipe in listed)
+    ):
         raise ConfigError(f"views is {recipes!r}", f"name one recipe, or a list of {count}")
     views = tuple(one_view(check_tower(tower), recipe, index) for index, recipe in enumerate(listed))
     if len(set(views)) < count:

@@ -14,7 +14,7 @@ from clipkit import dist
 from clipkit.losses import distillation_loss
 from clipkit.losses.affinity import TeacherPair
 from clipkit.losses.regression import feature_distillation_loss
-from clipkit.objectives.base import check_number, read_options
+from clipkit.objectives.base import check_number, check_text, read_options
 from clipkit.objectives.paired import CLIP_SCALE, Paired, pair_accuracy
 from clipkit.types import ConfigError, Embeddings, Needs, Teacher
 
@@ -44,7 +44,12 @@ class Distill(Paired):
     ) -> None:
         super().__init__(views, own_scale)
         self.features = check_number("features", features, 0.0)
-        models = [teachers] if isinstance(teachers, str) else list(teachers)
+        listed = [teachers] if isinstance(teachers, str) else teachers
+        if not isinstance(listed, list | tuple):
+            raise ConfigError(f"teachers is {teachers!r}", "give a MODEL or a list of them")
+        models = [
+            check_text("teachers", model, "ViT-B-32:openai or the path of an export") for model in listed
+        ]
         if not models and stored is None:
             raise ConfigError("distill has no teacher", "set teachers: [MODEL, ...] or stored: {...}")
         names = (self.image.name, self.text.name)
@@ -52,10 +57,16 @@ class Distill(Paired):
         self.stored: dict[str, Any] | None = None
         members: tuple[str, ...] = ()
         if stored is not None:
-            defaults = {"image": "teacher_image.npy", "text": "teacher_text.npy", "scale": 100.0}
+            defaults: dict[str, Any] = {
+                "image": "teacher_image.npy",
+                "text": "teacher_text.npy",
+                "scale": 100.0,
+            }
             self.stored = read_options("stored", stored, defaults)
             check_number("stored.scale", self.stored["scale"], 0.0)
-            members = (str(self.stored["image"]), str(self.stored["text"]))
+            members = tuple(
+                check_text(f"stored.{part}", self.stored[part], defaults[part]) for part in ("image", "text")
+            )
             if self.image.recipe != "none":
                 self.notes = (
                     "stored vectors belong to the picture as it is, but this view of it is augmented; "
@@ -72,7 +83,7 @@ class Distill(Paired):
             joint = said.joint
             pairs.append(TeacherPair(joint[self.image.name], joint[self.text.name], said.logit_scale))
         if self.stored is not None:
-            vectors = [normalize(e.stored[str(self.stored[part])], dim=-1) for part in ("image", "text")]
+            vectors = [normalize(e.stored[self.stored[part]], dim=-1) for part in ("image", "text")]
             pairs.append(TeacherPair(vectors[0], vectors[1], float(self.stored["scale"])))
         loss = distillation_loss(image, text, scale, pairs, dist.gather)
         terms = {"accuracy": pair_accuracy(image, text)}

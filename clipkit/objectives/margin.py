@@ -10,7 +10,7 @@ from clipkit import dist
 from clipkit.losses import pair_margin_loss, triplet_loss
 from clipkit.losses.contrastive import same_label
 from clipkit.losses.margin import Average, Distance, Miner, distances
-from clipkit.objectives.base import Objective, check_choice, check_number
+from clipkit.objectives.base import Objective, check_choice, check_number, check_text
 from clipkit.objectives.declare import check_tower
 from clipkit.types import IMAGE, TEXT, ConfigError, Embeddings, Needs
 
@@ -23,18 +23,20 @@ class Margin(Objective):
     margin  in units of the distance
     """
 
+    fewest_rows = 2
+
     def __init__(self, tower: str | None, label: str | None, margin: float) -> None:
         super().__init__()
-        if tower is not None and label is None:
+        if label is None and tower is not None:
             raise ConfigError(
                 f"the {check_tower(tower)} tower alone has no positives without labels",
                 "set label: cls (or another field, or caption), or leave tower out to use pairs",
             )
-        views = (IMAGE, TEXT) if tower is None else (IMAGE if tower == "image" else TEXT,)
+        views = (IMAGE, TEXT) if tower is None else (IMAGE if check_tower(tower) == "image" else TEXT,)
         self.names = [view.name for view in views]
-        self.label = label
+        self.label = None if label is None else check_text("label", label, "cls")
         self.margin = check_number("margin", margin, 0.0)
-        self.needs = Needs(views=views, labels=() if label is None else (label,))
+        self.needs = Needs(views=views, labels=() if self.label is None else (self.label,))
 
     def rows(self, e: Embeddings) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the anchors (B, D), what they are paired with or None, and labels (B,) or None."""

@@ -8,12 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from clipkit import dist
 from clipkit.losses import clip_loss, cyclip_terms, hard_clip_loss, sigmoid_loss, unicl_loss
-from clipkit.losses.contrastive import own_columns, smoothed_targets
+from clipkit.losses.contrastive import graded_targets, own_columns, smoothed_targets
 from clipkit.losses.softmax import soft_clip_loss
-from clipkit.objectives.base import Objective, OwnScale, Scale, check_number, read_options
+from clipkit.objectives.base import (
+    Objective,
+    OwnScale,
+    Scale,
+    check_count,
+    check_flag,
+    check_number,
+    check_text,
+    read_options,
+)
 from clipkit.objectives.declare import one_view
 from clipkit.types import ConfigError, Embeddings, Needs, View
 
@@ -37,13 +47,15 @@ class Paired(Objective):
     """
 
     start: Scale
+    fewest_rows = 2
 
     def __init__(self, views: Mapping[str, str] | None, own_scale: bool) -> None:
         super().__init__()
         chosen = read_options("views", views, {"image": "image", "text": "text"})
-        self.image, self.text = (one_view(tower, str(chosen[tower])) for tower in ("image", "text"))
+        recipes = {tower: check_text(f"views.{tower}", name, tower) for tower, name in chosen.items()}
+        self.image, self.text = (one_view(tower, recipes[tower]) for tower in ("image", "text"))
         self.needs = Needs(views=(self.image, self.text))
-        self.own = OwnScale(self.start) if own_scale else None
+        self.own = OwnScale(self.start) if check_flag("own_scale", own_scale) else None
         self.scale = None if own_scale else self.start
 
     def pair(self, e: Embeddings) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -65,6 +77,10 @@ class Clip(Paired):
                      multiplies logits: at the scales of clip anything above 0.25 is nearly the maximum
     hard_captions    {field, num}: captions that are wrong for their image, `num` of the list in `field`, as
                      further candidates of all images (NegCLIP, arXiv:2210.01936); samples may lack them
+    targets          {stored, temperature}: graded targets instead of one right answer, the softmax of cosines
+                     over temperature of the vectors in the member `stored` of every sample, such as what a
+                     sentence encoder says of its caption. A small temperature is clip; 0.1 lets near
+                     duplicates share
     """
 
     start = CLIP_SCALE
@@ -76,6 +92,7 @@ class Clip(Paired):
         label_smoothing: float = 0.0,
         hard_negatives: Mapping[str, Any] | None = None,
         hard_captions: Mapping[str, Any] | None = None,
+        targets: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(views, own_scale)
         self.smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -83,15 +100,19 @@ class Clip(Paired):
         self.hard: tuple[View, ...] = ()
         if hard_captions is not None:
             chosen = read_options("hard_captions", hard_captions, {"field": "json.hard", "num": 1})
-            number = int(check_number("hard_captions.num", chosen["num"], 1, 64))
-            self.hard = tuple(
-                View(f"hard_{index}", "text", "", index, str(chosen["field"]), optional=True)
-                for index in range(number)
-            )
+            self.hard = hard_views(chosen["field"], chosen["num"])
             self.needs = self.needs | Needs(views=self.hard)
-        if self.smoothing and (self.weights or self.hard):
+        self.graded: tuple[str, float] | None = None
+        if targets is not None:
+            chosen = read_options("targets", targets, {"stored": "teacher_text.npy", "temperature": 0.1})
+            member = check_text("targets.stored", chosen["stored"], "teacher_text.npy")
+            self.graded = member, check_number("targets.temperature", chosen["temperature"], 1e-3)
+            self.needs = self.needs | Needs(stored=(member,))
+        changed = (self.smoothing > 0, self.graded is not None, bool(self.weights or self.hard))
+        if sum(changed) > 1:
             raise ConfigError(
-                "label_smoothing together with hard negatives or hard captions is not defined",
+                "label_smoothing, targets, and hard negatives or captions exclude each other: together they "
+                "are not defined",
                 "keep one of them",
             )
 
@@ -101,6 +122,12 @@ class Clip(Paired):
         rank, accuracy = dist.World.current().rank, pair_accuracy(e.joint[self.image.name], text)
         if self.smoothing:
             return {"loss": self._smoothed(image, text, scale, rank), "accuracy": accuracy}
+        if self.graded is not None:
+            member, temperature = self.graded
+            vectors = normalize(e.stored[member], dim=-1)
+            targets = graded_targets(vectors @ dist.gather(vectors).T, temperature)
+            loss = soft_clip_loss(image, text, scale, targets, targets, dist.gather)
+            return {"loss": loss, "accuracy": accuracy, "own_target": own_target(targets, rank)}
         if self.weights is None and not self.hard:
             return {"loss": clip_loss(image, text, scale, rank, dist.gather), "accuracy": accuracy}
         hard, present = stacked(e, self.hard)
@@ -123,6 +150,20 @@ class Clip(Paired):
         own = torch.nn.functional.one_hot(own_columns(image, rank), count).to(image.dtype)
         targets = smoothed_targets(own, self.smoothing, image.dtype)
         return soft_clip_loss(image, text, scale, targets, targets, dist.gather)
+
+
+def own_target(targets: Tensor, rank: int) -> Tensor:
+    """Returns the mean share of graded targets (B, N) that the own pair gets, (): 1 is one right answer."""
+    return targets.gather(1, own_columns(targets, rank)[:, None]).mean()
+
+
+def hard_views(field: Any, num: Any) -> tuple[View, ...]:
+    """Returns `num` optional views of the hard captions listed in `field`; raises ConfigError."""
+    where = check_text("hard_captions.field", field, "json.hard")
+    return tuple(
+        View(f"hard_{index}", "text", "", index, where, optional=True)
+        for index in range(check_count("hard_captions.num", num, 1))
+    )
 
 
 def stacked(e: Embeddings, views: Sequence[View]) -> tuple[Tensor | None, Tensor | None]:
@@ -151,7 +192,7 @@ def hard_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "beta": check_number("hard_negatives.beta", chosen["beta"], 0.0),
         "tau_plus": check_number("hard_negatives.tau_plus", chosen["tau_plus"], 0.0, 0.999),
-        "detach": bool(chosen["detach"]),
+        "detach": check_flag("hard_negatives.detach", chosen["detach"]),
     }
 
 
@@ -159,6 +200,8 @@ class SigLip(Paired):
     """The pairwise sigmoid loss of SigLIP, arXiv:2303.15343 eq. 1, started at scale 10 and bias -10."""
 
     start = SIGLIP_SCALE
+    # Every couple is a question of its own: one pair has an answer, if a dull one.
+    fewest_rows = 1
 
     def __init__(self, views: Mapping[str, str] | None = None, own_scale: bool = False) -> None:
         super().__init__(views, own_scale)
@@ -175,8 +218,8 @@ class SigLip(Paired):
 class UniCl(Paired):
     """CLIP in which every couple of equal label is a pair, arXiv:2204.03610.
 
-    label  "caption": equal captions, the cure for duplicates in a batch; or a field, such as cls or
-           json.category
+    label  "caption": equal captions (of the text view), the cure for duplicates in a batch; or a field,
+           such as cls or json.category
     """
 
     start = CLIP_SCALE
@@ -185,8 +228,11 @@ class UniCl(Paired):
         self, views: Mapping[str, str] | None = None, own_scale: bool = False, label: str = "caption"
     ) -> None:
         super().__init__(views, own_scale)
-        self.label = label
-        self.needs = self.needs | Needs(labels=(label,))
+        self.label = check_text("label", label, "caption")
+        if self.label == "caption" and self.text.field is not None:
+            # Equal as this objective reads them, not as the usual text view does.
+            self.label = f"caption:{self.text.field}"
+        self.needs = self.needs | Needs(labels=(self.label,))
 
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered pairs and the in-batch accuracy."""

@@ -30,6 +30,7 @@ class Swav(Objective):
     """
 
     stops_gradient = True
+    fewest_rows = 2
 
     def __init__(
         self,

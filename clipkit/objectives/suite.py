@@ -6,11 +6,13 @@ the whole batch are the oracle for several processes with parts of it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
 import pickle
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +22,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipkit import dist
-from clipkit.objectives.base import Objective, Widths
-from clipkit.types import ConfigError, Embeddings, TeacherEmbeddings
+from clipkit.objectives.base import Objective
+from clipkit.objectives.held import Held
+from clipkit.objectives.specimens import (
+    ROWS,
+    STEPS,
+    WIDTHS,
+    Maker,
+    descend,
+    in_single,
+    loss_of,
+    make,
+    normalised,
+    score,
+    specimen,
+    trained,
+    warmed,
+)
+from clipkit.types import ConfigError
 
-ROWS = 12  # divides by 1, 2 and 3 ranks
-STEPS = 3
-WIDTHS = Widths({"image": 10, "text": 8}, 6, frozenset({"image", "text"}))
-STORED_WIDTH = 6
 TOLERANCE = 1e-10
-Maker = Callable[[], Objective]
+PIECE = 5  # leaves a last micro-batch of another size
+INDIFFERENT = "the loss has no gradient with respect to any embedding"
 
 
 @dataclass(frozen=True)
@@ -41,118 +55,19 @@ class Finding:
     detail: str
 
 
-def make(maker: Maker) -> Objective:
-    """Returns the objective in float64 and training mode, built for WIDTHS; the same on every rank."""
-    torch.manual_seed(3)
-    objective = maker()
-    objective.build(WIDTHS)
-    return objective.double().train()
-
-
-def specimen(objective: Objective, number: int, rows: int = ROWS) -> dict[str, Tensor]:
-    """Returns random leaves, one per thing that the objective may read, (rows, ...) each, in float64.
-
-    Only these are there: an objective that reads what it does not declare fails with a KeyError.
-    """
-    generator = torch.Generator().manual_seed(1000 + number)
-
-    def draw(width: int) -> Tensor:
-        return torch.randn(rows, width, generator=generator, dtype=torch.float64)
-
-    leaves: dict[str, Tensor] = {}
-    needs = objective.needs
-    towers = {view.name: view.tower for view in needs.views}
-    for view in needs.views:
-        leaves[f"trunk.{view.name}"] = draw(WIDTHS.trunk[view.tower])
-        leaves[f"joint.{view.name}"] = draw(WIDTHS.joint)
-        if view.optional:
-            leaves[f"present.{view.name}"] = torch.rand(rows, generator=generator) < 0.7
-    for teacher in needs.teachers:
-        for name in teacher.views:
-            leaves[f"teacher.{teacher.name}.trunk.{name}"] = draw(WIDTHS.trunk[towers[name]])
-            leaves[f"teacher.{teacher.name}.joint.{name}"] = draw(WIDTHS.joint)
-    for name in needs.stored:
-        leaves[f"stored.{name}"] = draw(STORED_WIDTH)
-    for name in needs.labels:
-        # Every label twice and far apart, so that equal labels meet across ranks.
-        leaves[f"labels.{name}"] = torch.arange(rows) % (rows // 2)
-    return leaves
-
-
-def trained(name: str) -> bool:
-    """Returns whether gradients flow into the leaf `name`."""
-    return name.startswith(("trunk.", "joint."))
-
-
-def embeddings_of(objective: Objective, leaves: Mapping[str, Tensor], progress: float) -> Embeddings:
-    """Returns what the Learner would hand over; joint embeddings are normalised here, as it does."""
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        found = {name[len(prefix) :]: x for name, x in leaves.items() if name.startswith(prefix)}
-        return {name: normalize(x, dim=-1) for name, x in found.items()} if "joint." in prefix else found
-
-    scale = objective.scale
-    some = next(x for x in leaves.values() if x.is_floating_point())
-    return Embeddings(
-        trunk=part("trunk."),
-        joint=part("joint."),
-        stored=part("stored."),
-        labels=part("labels."),
-        present=part("present."),
-        teachers={
-            teacher.name: TeacherEmbeddings(
-                part(f"teacher.{teacher.name}.trunk."),
-                part(f"teacher.{teacher.name}.joint."),
-                some.new_full((1,), 20.0),
-            )
-            for teacher in objective.needs.teachers
-        },
-        logit_scale=some.new_full((1,), math.exp(scale.log_scale if scale else 2.0)),
-        logit_bias=None if scale is None or scale.bias is None else some.new_full((1,), scale.bias),
-        progress=progress,
-    )
-
-
-def loss_of(objective: Objective, leaves: Mapping[str, Tensor], progress: float = 0.5) -> Tensor:
-    """Returns the loss ()."""
-    found = objective(embeddings_of(objective, leaves, progress))
-    loss: Tensor = found["loss"] if isinstance(found, dict) else found
-    return loss
-
-
 def steps(
     rank: int, world: int, maker: Maker, numbers: range = range(STEPS), start: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Returns losses, gradients and final state of some steps of plain descent on `world` ranks.
 
-    Values are means over ranks; gradients of embeddings are those of the whole batch, as the gather and
-    DDP's mean give them. `start` is a state to begin from.
+    `start` is a state to begin from.
     """
     objective = make(maker)
     if start is not None:
         objective.load_state_dict(start)
     found: dict[str, Tensor] = {}
-    share = ROWS // world
     for number in numbers:
-        whole = specimen(objective, number)
-        mine = {name: x[rank * share : (rank + 1) * share].clone() for name, x in whole.items()}
-        for name, x in mine.items():
-            x.requires_grad_(trained(name))
-        loss = loss_of(objective, mine, number / (2 * STEPS))
-        loss.backward()
-        found[f"{number}.loss"] = dist.all_reduce_mean(loss.detach())
-        for name, x in mine.items():
-            if trained(name):
-                gradient = torch.zeros_like(x) if x.grad is None else x.grad
-                found[f"{number}.{name}"] = dist.gather(gradient) / world
-        with torch.no_grad():
-            for name, parameter in objective.named_parameters():
-                if parameter.grad is not None:
-                    gradient = dist.all_reduce_mean(parameter.grad)
-                    found[f"{number}.{name}"] = gradient
-                    parameter.sub_(0.05 * gradient)
-                    parameter.grad = None
-            objective.after_step()
+        found |= {f"{number}.{name}": x for name, x in descend(objective, number, rank, world).items()}
     for name, x in objective.state_dict().items():
         found[f"state.{name}"] = x.clone()
     return found
@@ -175,14 +90,14 @@ def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> t
 
 def check_value(maker: Maker) -> Finding:
     """The loss is one finite number; fp32 agrees with float64 to 1e-5, rows rounded to bf16 to 1e-2."""
-    objective = make(maker)
-    leaves = specimen(objective, 0)
+    objective = warmed(maker)
+    leaves = specimen(objective, STEPS)
     wide = loss_of(objective, leaves).detach()
     halved = {name: x.float() if x.is_floating_point() else x for name, x in leaves.items()}
-    narrow = loss_of(make(maker).float(), halved).detach()
+    narrow = loss_of(in_single(maker, objective), halved).detach()
     # The Learner hands out fp32 whatever the precision of the towers: only the embeddings are rounded.
     rounded = {name: x.bfloat16().float() if x.is_floating_point() else x for name, x in halved.items()}
-    coarse = loss_of(make(maker).float(), rounded).detach()
+    coarse = loss_of(in_single(maker, objective), rounded).detach()
     shape_right = wide.shape == () and bool(torch.isfinite(wide))
     size = max(abs(float(wide.sum())), 1e-3)
     errors = [abs(float(x.sum()) - float(wide.sum())) / size for x in (narrow, coarse)]
@@ -191,41 +106,129 @@ def check_value(maker: Maker) -> Finding:
     return Finding("one finite number, fp32 = float64", holds, detail)
 
 
-def check_gradient(maker: Maker) -> Finding:
-    """Gradients equal finite differences in float64, unless the objective stops gradients on purpose."""
-    objective = make(maker)
-    leaves = specimen(objective, 0, rows=6)
-    names = [name for name in leaves if trained(name)]
-    if objective.stops_gradient:
-        return Finding("gradients = finite differences", True, "not asked: it stops gradients by design")
+def gradients_of(objective: Objective, leaves: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss () and its gradients with respect to the embeddings that it reads."""
+    given = {name: x.clone().requires_grad_(trained(name)) for name, x in leaves.items()}
+    loss = loss_of(objective, given)
+    if loss.requires_grad:
+        loss.backward()
+    return loss.detach(), {name: x.grad for name, x in given.items() if x.grad is not None}
 
+
+def depends(gradients: Mapping[str, Tensor]) -> bool:
+    """Returns whether any gradient has an entry other than 0: without one every comparison holds."""
+    return any(bool((x != 0).any()) for x in gradients.values())
+
+
+def check_gradient(maker: Maker) -> Finding:
+    """Gradients equal finite differences in float64, and are not all 0.
+
+    Of an objective that says so (`stops_gradient`) the parts that it detaches are held where they are.
+    """
+    objective = warmed(maker)
+    leaves = specimen(objective, STEPS, rows=6)
+    title = "gradients = finite differences"
+    if not depends(gradients_of(objective, leaves)[1]):
+        return Finding(title, False, INDIFFERENT)
+    names = [name for name in leaves if trained(name)]
+    held = Held() if objective.stops_gradient else None
+
+    # The first call is at the very place where the gradient is asked for: that is what is held.
     def function(*values: Tensor) -> Tensor:
-        return loss_of(objective, {**leaves, **dict(zip(names, values, strict=True))})
+        with torch.enable_grad(), held or contextlib.nullcontext():
+            loss = loss_of(objective, {**leaves, **dict(zip(names, values, strict=True))})
+        if held is not None:
+            held.hold()
+        return loss
 
     inputs = tuple(leaves[name].clone().requires_grad_() for name in names)
     try:
         good = torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
-        detail = f"{len(inputs)} inputs"
+        detail = f"{len(inputs)} inputs" + ("" if held is None else ", what is detached held constant")
     except (RuntimeError, AssertionError) as error:
         good, detail = False, str(error).strip().splitlines()[0]
-    return Finding("gradients = finite differences", bool(good), detail)
+    return Finding(title, bool(good), detail)
 
 
 def check_permutation(maker: Maker) -> Finding:
     """Another order of the rows changes neither the loss nor any row's gradient."""
-    objective = make(maker)
-    leaves = specimen(objective, 0)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(5))
     outcomes = []
     for rows in (torch.arange(ROWS), order):
-        given = {name: x[rows].clone().requires_grad_(trained(name)) for name, x in leaves.items()}
-        loss = loss_of(make(maker), given)
-        loss.backward()
+        objective = warmed(maker)
+        leaves = {name: x[rows] for name, x in specimen(objective, STEPS).items()}
+        loss, gradients = gradients_of(objective, leaves)
         back = torch.argsort(rows)
-        gradients = {name: x.grad[back] for name, x in given.items() if x.grad is not None}
-        outcomes.append({"0.loss": loss.detach(), **{f"0.{name}": x for name, x in gradients.items()}})
+        outcomes.append({"0.loss": loss, **{f"0.{name}": x[back] for name, x in gradients.items()}})
+    title = "order of rows does not matter"
+    if not depends(gradients):
+        return Finding(title, False, INDIFFERENT)
     error, where = difference(outcomes[1], outcomes[0])
-    return Finding("order of rows does not matter", error < TOLERANCE, f"{error:.1e} {where}")
+    return Finding(title, error < TOLERANCE, f"{error:.1e} {where}")
+
+
+def embed(
+    objective: Objective, leaves: Mapping[str, Tensor], weights: Mapping[str, Tensor], rows: slice
+) -> dict[str, Tensor]:
+    """Returns what linear towers with these weights make of some rows: trunk and joint of every view."""
+    found = {}
+    for view in objective.needs.views:
+        trunk = leaves[f"trunk.{view.name}"][rows] @ weights[f"towers.{view.tower}"]
+        found[f"trunk.{view.name}"] = trunk
+        found[f"joint.{view.name}"] = normalize(trunk @ weights[f"projections.{view.tower}"], dim=-1)
+    return found
+
+
+def replayed(objective: Objective, leaves: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    """Fills gradients as the training step does with micro-batches; returns the loss ()."""
+    pieces = [slice(start, start + PIECE) for start in range(0, ROWS, PIECE)]
+    with torch.no_grad():
+        parts = [embed(objective, leaves, weights, rows) for rows in pieces]
+    cached = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+    loss = score(objective, {**leaves, **cached})
+    loss.backward()
+    for rows in pieces:
+        again = embed(objective, leaves, weights, rows)
+        cotangents = {name: x.grad[rows] for name, x in cached.items() if x.grad is not None}
+        torch.stack([(again[name] * x).sum() for name, x in cotangents.items()]).sum().backward()
+    return loss.detach()
+
+
+def check_caching(maker: Maker) -> Finding:
+    """Micro-batches change nothing: same loss, same gradients of towers, heads and temperature.
+
+    Both ways meet the same objective, one after the other and without `after_step`, so that a forward which
+    changes what the next one returns is seen too.
+    """
+    objective = warmed(maker)
+    leaves = normalised(specimen(objective, STEPS))
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
+    for tower, width in WIDTHS.trunk.items():
+        for part, out in (("towers", width), ("projections", WIDTHS.joint)):
+            drawn = torch.randn(width, out, generator=generator, dtype=torch.float64)
+            weights[f"{part}.{tower}"] = drawn.requires_grad_()
+    learned = {**weights, **dict(objective.named_parameters())}
+
+    def directly() -> Tensor:
+        loss = score(objective, {**leaves, **embed(objective, leaves, weights, slice(None))})
+        loss.backward()
+        return loss.detach()
+
+    outcomes, title = [], "micro-batches = the whole batch at once"
+    for way in (directly, lambda: replayed(objective, leaves, weights)):
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(11)
+            try:
+                loss = way()
+            except RuntimeError as error:
+                return Finding(title, False, str(error).strip().splitlines()[0])
+        gradients = {f"0.{name}": x.grad for name, x in learned.items() if x.grad is not None}
+        outcomes.append({"0.loss": loss, **gradients})
+        for x in learned.values():
+            x.grad = None
+    error_size, where = difference(outcomes[1], outcomes[0])
+    return Finding(title, error_size < TOLERANCE, f"{error_size:.1e} {where}")
 
 
 def check_state(maker: Maker) -> Finding:
@@ -250,10 +253,28 @@ def check_ranks(maker: Maker, world: int, run: Callable[..., list[dict[str, Tens
     return Finding(f"{world} ranks = one process", error < TOLERANCE, f"{error:.1e} {where}")
 
 
+CHECKS = (check_value, check_gradient, check_permutation, check_caching, check_state)
+
+
 def check_all(maker: Maker, run: Callable[..., list[dict[str, Tensor]]] | None = None) -> list[Finding]:
-    """Returns the findings of every check; `run` starts ranks (default: spawned processes with gloo)."""
-    findings = [check(maker) for check in (check_value, check_gradient, check_permutation, check_state)]
-    return findings + [check_ranks(maker, world, run or spawn) for world in (2, 3)]
+    """Returns the findings of every check; `run` starts ranks (default: spawned processes with gloo).
+
+    What the objective raises is a finding too. Raises ConfigError when it cannot be built.
+    """
+    maker()
+    findings = [guarded(check, maker) for check in CHECKS]
+    return findings + [guarded(check_ranks, maker, world, run or spawn) for world in (2, 3)]
+
+
+def guarded(check: Callable[..., Finding], maker: Maker, *arguments: Any) -> Finding:
+    """Returns the finding of a check, or one that names what the objective raised and where."""
+    try:
+        return check(maker, *arguments)
+    except Exception as error:  # whatever it is: the code under test is the user's
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(str(error).split())
+        detail = f"{type(error).__name__}: {said} ({Path(place.filename).name}, line {place.lineno})"
+        return Finding(check.__name__.removeprefix("check_"), False, detail)
 
 
 def spawn(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

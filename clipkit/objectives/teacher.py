@@ -12,12 +12,23 @@ from clipkit.losses import byol_loss, moco_loss
 from clipkit.losses.prototypes import concentrations, proto_nce_loss
 from clipkit.losses.regression import simsiam_loss
 from clipkit.models.heads import mlp_head
-from clipkit.objectives.base import Widths, check_choice, check_count, check_number
+from clipkit.objectives.base import (
+    Widths,
+    check_choice,
+    check_count,
+    check_counts,
+    check_flag,
+    check_number,
+)
 from clipkit.objectives.memory import FeatureQueue, MomentumHead
 from clipkit.objectives.two_view import Recipes, TwoView, watched
 from clipkit.types import ConfigError, Embeddings, Needs, Teacher
 
-EMA = "ema"
+
+def average_name(momentum: float, schedule: str) -> str:
+    """Returns the name of the moving average that moves so: objectives that agree on both share it."""
+    # Names of submodules hold no dots.
+    return f"ema_{momentum!r}_{schedule}".replace(".", "_")
 
 
 class Followed(TwoView):
@@ -37,7 +48,8 @@ class Followed(TwoView):
         super().__init__(tower, views, default, hidden, check_count("dim", dim, 1))
         names = tuple((self.first.name, self.second.name)[number] for number in taught)
         check_choice("schedule", schedule, ("constant", "cosine"))
-        self.average = Teacher(EMA, names, check_number("momentum", momentum, 0.0, 1.0), schedule)
+        momentum = check_number("momentum", momentum, 0.0, 1.0)
+        self.average = Teacher(average_name(momentum, schedule), names, momentum, schedule)
         self.needs = self.needs | Needs(teachers=(self.average,))
         self.follower: MomentumHead | None = None
         self._progress = 0.0
@@ -83,7 +95,7 @@ class Moco(Followed):
         assert self.follower is not None
         assert self.projector is not None
         queries = normalize(self.projector(e.trunk[self.first.name]), dim=-1)
-        keys = normalize(self.follower(e.teachers[EMA].trunk[self.second.name]), dim=-1)
+        keys = normalize(self.follower(e.teachers[self.average.name].trunk[self.second.name]), dim=-1)
         self.queue.stash(keys)
         return queries, keys
 
@@ -128,7 +140,8 @@ class Pcl(Moco):
         warmup: float = 0.1,
     ) -> None:
         super().__init__(tower, views, temperature, momentum, queue, hidden, dim)
-        if not clusters or any(check_count("clusters", number, 2) > queue for number in clusters):
+        clusters = check_counts("clusters", clusters, 2)
+        if max(clusters) > queue:
             raise ConfigError(
                 f"clusters is {list(clusters)} for a queue of {queue}", "name counts below the queue's"
             )
@@ -213,7 +226,8 @@ class Byol(Followed):
         simsiam: bool = False,
     ) -> None:
         super().__init__(tower, views, "byol", hidden, dim, momentum, schedule, (0, 1))
-        self.predicts, self.simsiam = bool(predictor), bool(simsiam)
+        self.predicts = check_flag("predictor", predictor)
+        self.simsiam = check_flag("simsiam", simsiam)
         self.predictor: nn.Module = nn.Identity()
         self.stops_gradient = self.simsiam
         if self.simsiam:
@@ -236,7 +250,7 @@ class Byol(Followed):
             loss = simsiam_loss(predicted_a, predicted_b, a, b)
         else:
             assert self.follower is not None
-            trunk = e.teachers[EMA].trunk
+            trunk = e.teachers[self.average.name].trunk
             rows = torch.cat([trunk[self.first.name], trunk[self.second.name]])
             target_a, target_b = self.follower(rows).chunk(2)
             loss = byol_loss(predicted_a, predicted_b, target_a, target_b)

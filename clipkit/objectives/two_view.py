@@ -21,11 +21,13 @@ from clipkit.objectives.base import (
     Widths,
     check_choice,
     check_count,
+    check_flag,
     check_number,
+    check_text,
     read_options,
 )
 from clipkit.objectives.declare import check_tower, views_of
-from clipkit.objectives.paired import hard_options, stacked
+from clipkit.objectives.paired import hard_options, hard_views, stacked
 from clipkit.types import ConfigError, Embeddings, Needs, View
 
 Recipes = str | Sequence[str] | None
@@ -41,6 +43,7 @@ class TwoView(Objective):
     """
 
     layers = 2
+    fewest_rows = 2
 
     def __init__(self, tower: str, views: Recipes, default: str, hidden: int, dim: int) -> None:
         super().__init__()
@@ -204,7 +207,7 @@ class InfoNce(TwoView):
         super().__init__(tower, views, "simclr", hidden, dim)
         self.scale_of_logits = 1 / check_number("temperature", temperature, 1e-3)
         self.kind: Similarity = check_choice("similarity", similarity, get_args(Similarity))
-        self.symmetric = bool(symmetric)
+        self.symmetric = check_flag("symmetric", symmetric)
         self.weights = None if hard_negatives is None else hard_options(hard_negatives)
         if self.weights is not None and (self.kind != "cosine" or hard_captions is not None):
             raise ConfigError(
@@ -221,11 +224,8 @@ class InfoNce(TwoView):
                     "hard_captions need tower: text, dim: 0, similarity: cosine and one direction",
                     "take the other options out",
                 )
-            self.bonus = check_number("hard_captions.bonus", chosen["bonus"], -math.inf)
-            self.hard = tuple(
-                View(f"hard_{index}", "text", "", index, str(chosen["field"]), optional=True)
-                for index in range(check_count("hard_captions.num", chosen["num"], 1))
-            )
+            self.bonus = check_number("hard_captions.bonus", chosen["bonus"])
+            self.hard = hard_views(chosen["field"], chosen["num"])
             self.needs = self.needs | Needs(views=self.hard)
 
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
@@ -283,8 +283,8 @@ class SupCon(TwoView):
         super().__init__(tower, views, "simclr", hidden, dim)
         self.scale_of_logits = 1 / check_number("temperature", temperature, 1e-3)
         self.form: Form = check_choice("form", form, ("out", "in"))
-        self.label = label
-        self.needs = self.needs | Needs(labels=(label,))
+        self.label = check_text("label", label, "cls")
+        self.needs = self.needs | Needs(labels=(self.label,))
 
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered views, and the accuracy of finding the own other view."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from clipkit.checkpoint import capture_rng, restore_rng
 from clipkit.config import EvaluateConfig
 from clipkit.data.views import ImageView
-from clipkit.evaluation import UnusableEmbeddings
-from clipkit.evaluation.datasets import open_classification, open_retrieval
-from clipkit.evaluation.probe import probe
+from clipkit.evaluation.datasets import open_retrieval
+from clipkit.evaluation.probe import open_probed, probe
 from clipkit.evaluation.retrieval import retrieval
-from clipkit.evaluation.zero_shot import zero_shot
+from clipkit.evaluation.zero_shot import open_prompted, zero_shot
 from clipkit.models.checks import trimmed_length
 from clipkit.train.setup import Run
+from clipkit.types import ClipkitError
 
 
 class TrainingEncoder:
@@ -37,7 +37,9 @@ class TrainingEncoder:
     @property
     def logit_scale(self) -> float:
         """The exponentiated temperature."""
-        return float(self._towers.logit_scale.detach().exp())
+        ema = self._run.bare.ema
+        towers = self._towers if self._weights == "raw" or ema is None else ema.towers
+        return float(towers.logit_scale.detach().exp())
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Returns token ids, int64 (B, T)."""
@@ -79,18 +81,25 @@ def _one(encoder: TrainingEncoder, entry: EvaluateConfig, run: Run) -> dict[str,
 
 
 def check_data(entries: Iterable[EvaluateConfig]) -> None:
-    """Opens every evaluation set, so that a wrong path fails before the first step and not after hours."""
+    """Opens every evaluation set, its class names and templates: what is wrong fails before the first step.
+
+    Raises ConfigError and DataError as the evaluations would after hours; pictures are not decoded.
+    """
     for entry in entries:
         if entry.task == "retrieval":
             open_retrieval(entry.data)
+        elif entry.task == "probe":
+            open_probed(entry.data)
         else:
-            open_classification(entry.data)
+            open_prompted(entry.data, entry.classnames, entry.templates)
 
 
-def evaluate(run: Run) -> dict[str, dict[str, Any]]:
+def evaluate(run: Run, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """Returns label -> metrics of every `run.evaluate` entry, raw weights and averaged ones (`label@ema`).
 
-    All ranks share the work. Training modes and random states are left as they were.
+    All ranks share the work. Training modes and random states are left as they were. A set that cannot be
+    evaluated (a collapsed model, a picture that went bad) gets {"error": cause} and a line for `say`: neither
+    is worth a run, and a collapse at step 100 may pass. Every rank meets the same error.
     """
     state = capture_rng()
     run.learner.eval()
@@ -102,9 +111,9 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
                 label = entry.label if weights == "raw" else f"{entry.label}@{weights}"
                 try:
                     results[label] = _one(encoder, entry, run)
-                except UnusableEmbeddings as error:
-                    # A collapse at step 100 may pass; the run goes on and its log says what was found.
+                except ClipkitError as error:
                     results[label] = {"error": error.cause}
+                    say(f"warning: evaluation {label} failed: {error.cause} ({error.cure})")
     finally:
         run.learner.train()
         restore_rng(state)

@@ -67,12 +67,14 @@ class Loop:
     watch: Watch = field(init=False)
     evaluated_step: int = -1
     evaluated_at: float = field(default_factory=time.monotonic)
+    trained: float = 0.0  # seconds of this process in steps and waiting for their data
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.run.bare, self.run.config.data.batch_size, self.log)
 
     def train(self, continue_rng: Callable[[], None]) -> None:
         """Runs from the state's step to the last one; `continue_rng` restores the generators."""
+        self._catch_up()
         run, began, started = self.run, time.perf_counter(), False
         batches = run.stream.batches(self.state.step, run.total_steps)
         asked = time.perf_counter()
@@ -85,11 +87,11 @@ class Loop:
             result = self._advance(batch)
             now = time.perf_counter()
             self.state.seconds += now - began
+            self.trained += now - asked
             began = now
             self._log(result, batch)
             self._housekeep(batch.rejects)
             asked = time.perf_counter()
-        self._finish()
 
     def _advance(self, batch: Batch) -> StepResult:
         run, state, config = self.run, self.state, self.run.config
@@ -130,7 +132,7 @@ class Loop:
     def _log(self, result: StepResult, batch: Batch) -> None:
         state, run = self.state, self.run
         if result.seen:
-            self.watch.look(state.step, batch, result.seen, result.terms)
+            self.watch.look(state.step, batch, result.seen, result.terms, self.trained)
         if state.step % run.config.run.log_every and state.step < run.total_steps:
             return
         names = [name for name in result.terms if not name.startswith("gradient/")]
@@ -166,10 +168,7 @@ class Loop:
             [float(value) for value in asked], "max"
         )
         self._count(rejects, bool(rejected))
-        every, last = config.evaluate_every, state.step == run.total_steps
-        due = every is not None and parse_interval(every).due(state.step, run.total_steps, unevaluated)
-        if config.evaluate and (last or due):
-            self._evaluate()
+        last = state.step == run.total_steps
         due = parse_interval(config.checkpoint_every).due(state.step, run.total_steps, unsaved)
         if due or stop or save_asked or last:
             self.signals.save_requested = False
@@ -180,6 +179,15 @@ class Loop:
                 f"stopped by {name} after step {state.step} of {run.total_steps}; checkpoint saved",
                 "run the same command again to continue at the next sample",
             )
+        # After the checkpoint, which nothing that an evaluation meets may cost.
+        if self._evaluation_due(unevaluated):
+            self._evaluate()
+
+    def _evaluation_due(self, unevaluated: float) -> bool:
+        config, step, total = self.run.config.run, self.state.step, self.run.total_steps
+        every = config.evaluate_every
+        due = every is not None and parse_interval(every).due(step, total, unevaluated)
+        return bool(config.evaluate) and (due or step == total)
 
     def _count(self, rejects: Sequence[Reject], any_rank: bool) -> None:
         found = [r for part in dist.gather_objects(list(rejects)) for r in part] if any_rank else []
@@ -194,7 +202,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        self.metrics = evaluate(self.run)
+        self.metrics = evaluate(self.run, self.log.note)
         self.evaluated_step, self.evaluated_at = self.state.step, time.monotonic()
         self.log.evaluation(self.state.step, self.metrics)
         # Evaluation is not training time: samples/s and ETA would sag at every evaluation.
@@ -217,9 +225,10 @@ class Loop:
         self.saved_at = time.monotonic()
         self.clock.began += time.perf_counter() - began
 
-    def _finish(self) -> None:
-        # A run that was complete when it was resumed has not evaluated in this process.
-        if self.run.config.run.evaluate and self.evaluated_step != self.state.step:
+    def _catch_up(self) -> None:
+        # A run that stopped between a checkpoint and the evaluation of its step owes that evaluation.
+        step = self.state.step
+        if step and self.evaluated_step != step and self._evaluation_due(0.0):
             self._evaluate()
 
 

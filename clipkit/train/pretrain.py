@@ -8,16 +8,8 @@ from typing import Any
 import torch
 
 from clipkit import dist
-from clipkit.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    StopSignals,
-    derive_rng,
-    restore_rng,
-    run_lock,
-    truncate_logs,
-)
-from clipkit.config import Config, load_config, make_config, read_values
+from clipkit.checkpoint import Checkpoint, CheckpointStore, StopSignals, run_lock, truncate_logs
+from clipkit.config import Config, load_config, make_config
 from clipkit.data.rejects import RejectBudget
 from clipkit.dist import World
 from clipkit.export import save_open_clip
@@ -25,9 +17,9 @@ from clipkit.log import RunLog
 from clipkit.train.evaluate import check_data
 from clipkit.train.loop import Loop, write_config
 from clipkit.train.rehearsal import describe, rehearse
+from clipkit.train.resume import continue_rng, find_checkpoint, kept_evaluation
 from clipkit.train.setup import Run, make_accelerator, prepare
 from clipkit.train.state import LOGS, TrainState, restore
-from clipkit.types import ConfigError
 
 
 def pretrain(
@@ -38,8 +30,9 @@ def pretrain(
     Writes config.yaml, metrics.jsonl, rejects.jsonl, checkpoints/ and export/ into the run directory and
     returns {"run_dir", "steps", "samples", "seconds", "metrics", "export"}. resume: "auto" continues the
     directory's newest valid checkpoint at the very next sample, "never" refuses a directory that has one,
-    a path continues that checkpoint. dry_run builds everything, runs a few steps, writes nothing and
-    returns what the run would cost. Raises the ClipkitError family.
+    a path continues that checkpoint, of this run or of another one of the same configuration. dry_run builds
+    everything, runs a few steps, writes nothing and returns what the run would cost. Raises the ClipkitError
+    family.
     """
     if isinstance(config, dict):
         config = make_config(config)
@@ -68,33 +61,8 @@ def pretrain(
             run.stream.close()
 
 
-def find_checkpoint(config: Config, folder: Path, store: CheckpointStore, resume: str) -> Checkpoint | None:
-    """Returns the checkpoint to continue from, or None for a new run; all ranks call it.
-
-    Raises ConfigError when the directory belongs to a run of another configuration (naming the keys) or,
-    with resume "never", when it holds a checkpoint.
-    """
-    if resume not in ("auto", "never"):
-        return store.open(Path(resume))
-    found = store.newest()
-    if found is None:
-        return None
-    if resume == "never":
-        raise ConfigError(
-            f"{folder} already holds a checkpoint of step {found.step}",
-            "choose another run.dir, or remove that directory, or continue with --resume auto",
-        )
-    written = folder / "config.yaml"
-    different = config.differences(read_values(written).tree) if written.exists() else []
-    if different:
-        raise ConfigError(
-            f"{folder} belongs to a run with other values of {', '.join(different)}",
-            "choose another run.dir for this configuration, or restore those values to continue",
-        )
-    return found
-
-
 def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str, Any]:
+    kept = None if found is None else kept_evaluation(run, found)
     budget = RejectBudget(run.config.data.max_reject_fraction, run.config.data.max_consecutive)
     state = TrainState() if found is None else restore(run, found, budget)
     if run.world.is_main:
@@ -118,6 +86,10 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str
                 )
         with StopSignals() as signals:
             loop = Loop(run, state, store, budget, log, signals)
+            if kept is not None:
+                loop.evaluated_step, loop.metrics = state.step, kept.record["results"]
+                if kept.cut:
+                    log.append(kept.record)
             loop.train(lambda: continue_rng(run, found))
         exported = export_final(run)
         log.note(f"done: {state.step} steps, {state.samples} samples; model in {exported}")
@@ -131,17 +103,6 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str
         "metrics": loop.metrics,
         "export": str(exported),
     }
-
-
-def continue_rng(run: Run, found: Checkpoint | None) -> None:
-    """Restores this rank's random states, or derives them where the number of ranks has changed."""
-    if found is None:
-        return
-    states = found.rank_tensors(run.world.rank) if found.world_size == run.world.size else None
-    if states is None:
-        derive_rng(run.config.run.seed, found.step, run.world.rank)
-    else:
-        restore_rng(states)
 
 
 def export_final(run: Run) -> Path:

@@ -25,7 +25,7 @@ from clipkit.learner import Learner, freeze_unused, needs_of
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import TowerOptions, Towers, build
-from clipkit.objectives import OBJECTIVES, build_objectives, shared_scale
+from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, shared_scale
 from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, teacher_notes, widths_of
 from clipkit.types import ConfigError, Needs
 
@@ -104,6 +104,7 @@ def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
     """Returns the towers of the configuration, and its objectives as label -> (objective, weight)."""
     entries = [{"name": entry.name, "weight": entry.weight, **entry.options} for entry in config.objectives]
     objectives = build_objectives(entries, OBJECTIVES)
+    check_batch_size(objectives, config.data.batch_size)
     scale = shared_scale(objectives)
     model = config.model
     towers = build(

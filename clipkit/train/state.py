@@ -62,6 +62,11 @@ def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudg
     )
 
 
+def belongs(found: Checkpoint, folder: Path) -> bool:
+    """Returns whether the checkpoint lies inside the run directory `folder`."""
+    return found.path.resolve().is_relative_to(folder.resolve())
+
+
 def fingerprints(run: Run) -> dict[str, str]:
     """Returns what identifies the weights of the run's fixed teachers."""
     return {} if run.bare.teachers is None else run.bare.teachers.fingerprints
@@ -70,6 +75,7 @@ def fingerprints(run: Run) -> dict[str, str]:
 def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
     """Changes the run to what the checkpoint holds and cuts its logs back; returns where it stands.
 
+    The logs of another run's checkpoint are as long as the ones of that run: they are no measure for ours.
     Random states are restored by the caller, after iterators exist.
     """
     trainer = found.document("trainer")
@@ -87,6 +93,6 @@ def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
     if run.accelerator.scaler is not None and trainer["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(trainer["scaler"])
     budget.load_state(trainer["rejects"])
-    if run.world.is_main:
+    if run.world.is_main and belongs(found, run.folder):
         truncate_logs(run.folder, trainer["logs"])
     return TrainState(**{name: trainer[name] for name in ("step", "samples", "seconds", "skipped")})

@@ -7,6 +7,7 @@ arXiv:2101.06983). Plain gradient accumulation would shrink the set of negatives
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,11 +66,16 @@ def cached_backward(
     for name, leaf in leaves.items():
         # What teachers say has no graph to send a cotangent into.
         leaf.requires_grad_(not name.startswith("teacher."))
-    with accelerator.no_sync(learner):
+    clip = accelerator.unwrap_model(learner).towers.clip
+    moving = any(p.requires_grad for tower in (clip.visual, clip.text) for p in tower.parameters())
+    # On towers that stand still no backward follows which would reduce the gradients of the heads.
+    with accelerator.no_sync(learner) if moving else nullcontext():
         outputs = learner(
             "score", embeddings=leaves, extras=extras_of(batch), progress=progress, inspect=inspect
         )
         accelerator.backward(outputs["loss"])
+    if not moving:
+        return outputs
     after = capture_rng()
     cotangents = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     for number, piece in enumerate(pieces):

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.config import load_config
+from clipkit.dist import World
 from clipkit.evaluation import write_result
+from clipkit.train.loop import Interrupted
 from clipkit.train.pretrain import pretrain
-from clipkit.types import ConfigError
+from clipkit.types import ClipkitError, ConfigError
 
 _OPENING, _CLOSING = "[{(", "]})"
 _TAIL = 5  # log lines whose mean is the final loss: a single batch is noise
@@ -21,11 +23,23 @@ _TAIL = 5  # log lines whose mean is the final loss: a single batch is noise
 
 @dataclass(frozen=True)
 class Swept:
-    """One finished run of a sweep: the values it had, its directory, and what came out by name."""
+    """One run of a sweep: the values it had, its directory, and what came out by name, or why it failed."""
 
     values: Mapping[str, str]
     directory: str
     outcome: Mapping[str, float]
+    failure: ClipkitError | None = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What sweep.json says about the run."""
+        said = {} if self.failure is None else {"error": self.failure.cause, "cure": self.failure.cure}
+        return {
+            "values": dict(self.values),
+            "directory": self.directory,
+            "outcome": dict(self.outcome),
+            **said,
+        }
 
 
 def split_values(text: str) -> list[str]:
@@ -78,9 +92,10 @@ def sweep(
 ) -> list[Swept]:
     """Trains one run per combination of swept values; returns them in order.
 
-    Every run has a directory of its own below `directory`, so a sweep that was interrupted continues where
-    it stood. Writes sweep.json and sweep.png there. Raises ConfigError before the first run when any of the
-    configurations is wrong.
+    A run that fails is recorded with its error and the next one begins (with several processes it is the
+    last one: the others may not know of it); the same call tries it again. Every run has a directory of its
+    own below `directory`, so a sweep that was interrupted continues where it stood. Writes sweep.json and
+    sweep.png there. Raises ConfigError before the first run when any of the configurations is wrong.
     """
     directory = Path(directory)
     swept, plain = split_overrides(overrides)
@@ -95,11 +110,17 @@ def sweep(
     finished: list[Swept] = []
     for number, (values, folder, checked) in enumerate(runs, 1):
         say(f"{number}/{len(runs)}: " + ", ".join(f"{key} = {value}" for key, value in values.items()))
-        report = pretrain(checked)
-        finished.append(Swept(values, str(folder), outcome_of(folder, report["metrics"])))
-    document = [
-        {"values": run.values, "directory": run.directory, "outcome": run.outcome} for run in finished
-    ]
+        try:
+            report = pretrain(checked)
+            finished.append(Swept(values, str(folder), outcome_of(folder, report["metrics"])))
+        except Interrupted:
+            raise
+        except ClipkitError as failure:
+            say(f"  failed: {failure.cause}")
+            finished.append(Swept(values, str(folder), {}, failure))
+            if World.current().size > 1:
+                break
+    document = [run.document for run in finished]
     write_result({"swept": swept, "runs": document}, directory / "sweep.json")
     draw(finished, directory / "sweep.png")
     return finished
@@ -111,7 +132,9 @@ def _safe(text: str) -> str:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Returns the step records of a run in order."""
+    """Returns the step records of a run in order; none of a run that wrote no log."""
+    if not (folder / "metrics.jsonl").exists():
+        return []
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if "loss" in record]
 
@@ -132,11 +155,23 @@ def outcome_of(folder: Path, metrics: Mapping[str, Mapping[str, Any]]) -> dict[s
     return found
 
 
+def raise_failures(runs: Sequence[Swept]) -> None:
+    """Raises what the first failed run raised, with its values and its exit code; nothing if none failed."""
+    failed = [(run, run.failure) for run in runs if run.failure is not None]
+    if not failed:
+        return
+    run, failure = failed[0]
+    values = ", ".join(f"{key} = {value}" for key, value in run.values.items())
+    error = ClipkitError(f"{len(failed)} of {len(runs)} runs failed; {values}: {failure.cause}", failure.cure)
+    error.exit_code = failure.exit_code
+    raise error from failure
+
+
 def draw(runs: Sequence[Swept], path: Path) -> None:
     """Writes a picture: the loss of every run over samples, and every other outcome over the runs."""
     from matplotlib.figure import Figure
 
-    names = [name for name in runs[0].outcome if name != "loss"]
+    names = list(dict.fromkeys(name for run in runs for name in run.outcome if name != "loss"))
     figure = Figure(figsize=(6.4 * (1 + bool(names)), 4.2), layout="tight")
     panels = figure.subplots(1, 1 + bool(names), squeeze=False)
     labels = [
@@ -144,6 +179,7 @@ def draw(runs: Sequence[Swept], path: Path) -> None:
     ]
     for run, label in zip(runs, labels, strict=True):
         curve = records(Path(run.directory))
+        label = label if run.failure is None else f"{label} (failed)"
         panels[0][0].plot([r["samples"] for r in curve], [r["loss"] for r in curve], label=label)
     panels[0][0].set(xlabel="samples", ylabel="loss", title=", ".join(runs[0].values))
     panels[0][0].legend(fontsize=8)

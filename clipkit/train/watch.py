@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from clipkit import dist
 from clipkit.evaluation import diagnostics
-from clipkit.learner import Learner
+from clipkit.evaluation.embed import gather_rows
+from clipkit.learner import Learner, Pair
 from clipkit.log import RunLog
+from clipkit.losses import alignment, uniformity
 from clipkit.types import Batch
 
 PATIENCE = 3  # log lines in a row below the collapse limit: one bad batch is no collapse
@@ -21,6 +26,8 @@ PINNED_STEPS = 1000
 DUPLICATES = 0.01
 APART = 0.5  # mean cosine of other couples from which near means alike: at the start all rows are near
 ROWS = 512  # of a batch that are looked at: products of rows stay small
+BUDGET = 0.01  # of the time spent training that the main rank may look around
+SKIPPED = "looking has cost more than 1 % of the training so far"
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed number
 
 CURES = {
@@ -29,8 +36,8 @@ CURES = {
     "pictures, a batch full of duplicates",
     "pinned": "the temperature has reached its limit of 100: more duplicates in the data than it bears, or a "
     "learning rate too high",
-    "duplicates": "clip pushes pairs with equal captions apart; objectives: [{name: unicl}] does not",
-    "near duplicates": "clip pushes them apart; remove the copies, or name them by a field of their samples: "
+    "duplicates": "objectives: [{name: unicl}] does not push pairs with equal captions apart",
+    "near duplicates": "the objective pushes them apart; remove the copies, or name them by a field: "
     "objectives: [{name: unicl, label: json.FIELD}]",
 }
 
@@ -39,12 +46,14 @@ CURES = {
 class Watch:
     """Looks at log records and, now and then, at the embeddings of a batch; never changes the training.
 
-    Counts start anew in a resumed run. Every alarm sounds once.
+    Counts start anew in a resumed run. Every alarm sounds once. spent: seconds of the main rank so far.
     """
 
     learner: Learner
     rows: int  # of the global batch
     log: RunLog
+    clock: Callable[[], float] = time.perf_counter
+    spent: float = 0.0
     weak: dict[str, int] = field(default_factory=dict)
     since: dict[str, int] = field(default_factory=dict)
     sounded: set[str] = field(default_factory=set)
@@ -83,35 +92,88 @@ class Watch:
         self.log.append({"event": "alarm", "step": step, "alarm": kind, "term": label, "cause": cause})
         self.log.note(f"warning: step {step}: {cause} ({CURES[kind]})")
 
-    def look(self, step: int, batch: Batch, seen: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+    def look(
+        self,
+        step: int,
+        batch: Batch,
+        seen: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        trained: float,
+    ) -> None:
         """Writes the diagnostics of a batch; all ranks call it, the main one writes.
 
         Similarities and the like are of at most 512 rows of the main rank, duplicates of the global batch.
+        trained: seconds of training so far. What the main rank does alone is left out, and the record says
+        `skipped`, while it has cost more than 1 % of them; what ranks do together is cheap and always done.
         """
         values = gradient_shares(terms)
-        if "text" in batch.texts:
-            hashes = dist.gather(text_hashes(batch.texts["text"]))
-            values["duplicate_captions"] = diagnostics.duplicate_share(hashes)
-            if values["duplicate_captions"] > DUPLICATES and "clip" in self.learner.weights:
-                share = f"{100 * values['duplicate_captions']:.0f} % of the batch"
-                self._sound(step, "duplicates", "", f"{share} share a caption with another pair")
+        pairs = distinct(self.learner.pairs)
+        self._count_captions(step, batch, pairs, values, next(iter(seen.values())).device)
         if not dist.World.current().is_main:
             return
-        rows = {name: x[:ROWS].float().cpu() for name, x in seen.items()}
+        record: dict[str, Any] = {"event": "diagnostics", "step": step, "values": values}
+        if self.spent > BUDGET * trained:
+            record["skipped"] = SKIPPED
+        else:
+            began = self.clock()
+            self._describe(record, pairs, {name: x[:ROWS].float().cpu() for name, x in seen.items()})
+            self.spent += self.clock() - began
+        self.log.append(record)
+
+    def _count_captions(
+        self, step: int, batch: Batch, pairs: Mapping[str, Pair], values: dict[str, float], device: Any
+    ) -> None:
+        """Adds the share of rows with the caption of another row, once per caption that pairs read."""
+        counted: dict[str, float] = {}
+        for suffix, pair in pairs.items():
+            if pair.text not in batch.texts:
+                continue
+            if pair.text not in counted:
+                hashes = text_hashes(batch.texts[pair.text], self.learner.towers.tokenizer.pad_id)
+                # Hashed where the batch lies, gathered where the group of ranks can.
+                counted[pair.text] = diagnostics.duplicate_share(gather_rows(hashes.to(device)).cpu())
+                values[f"duplicate_captions{suffix}"] = counted[pair.text]
+            share = counted[pair.text]
+            if pair.repels and share > DUPLICATES:
+                cause = (
+                    f"{100 * share:.0f} % of the batch share a caption, and {pair.label} pushes them apart"
+                )
+                self._sound(step, "duplicates", pair.label, cause)
+
+    def _describe(self, record: dict[str, Any], pairs: Mapping[str, Pair], rows: dict[str, Tensor]) -> None:
+        """Adds what takes products of rows (N, D) to the record."""
+        values, step = record["values"], record["step"]
         for name, x in rows.items():
             part, _, view = name.partition(".")
             if part == "trunk":
                 values[f"effective_rank/{view}"] = diagnostics.effective_rank(x)
-        record: dict[str, object] = {"event": "diagnostics", "step": step, "values": values}
-        image, text = rows.get("joint.image"), rows.get("joint.text")
-        if image is not None and text is not None:
-            values |= diagnostics.describe_pairs(image, text)
-            near, others = values["near_duplicates"], values["negative_similarity"]
-            if near > DUPLICATES and others < APART and "clip" in self.learner.weights:
+        for suffix, pair in pairs.items():
+            image, text = rows[f"joint.{pair.image}"], rows[f"joint.{pair.text}"]
+            found = diagnostics.describe_pairs(image, text)
+            values.update({f"{name}{suffix}": value for name, value in found.items()})
+            near, others = found["near_duplicates"], found["negative_similarity"]
+            if near > DUPLICATES and others < APART and pair.repels:
                 cause = f"{100 * near:.0f} % of the rows have a neighbour alike in picture and caption"
-                self._sound(step, "near duplicates", "", cause)
-            record["similarity"] = diagnostics.similarity_histogram(image, text)
-        self.log.append(record)
+                self._sound(step, "near duplicates", pair.label, cause)
+            record[f"similarity{suffix}"] = diagnostics.similarity_histogram(image, text)
+        for couple in self.learner.couples:
+            a, b = (normalize(rows[f"{couple.part}.{view}"], dim=1) for view in (couple.first, couple.second))
+            values[f"alignment/{couple.label}"] = float(alignment(a, b))
+            if len(a) > 1:
+                values[f"uniformity/{couple.label}"] = float(uniformity(a))
+
+
+def distinct(pairs: Iterable[Pair]) -> dict[str, Pair]:
+    """Returns pairs of views by the ending of their numbers: "" for the first, "/<label>" for the others.
+
+    Of several objectives on the same views one stands for all: the first one that pushes duplicates apart.
+    """
+    found: dict[tuple[str, str], Pair] = {}
+    for pair in pairs:
+        known = found.setdefault((pair.image, pair.text), pair)
+        if pair.repels and not known.repels:
+            found[pair.image, pair.text] = pair
+    return {f"/{pair.label}" if number else "": pair for number, pair in enumerate(found.values())}
 
 
 def gradient_shares(terms: Mapping[str, Tensor]) -> dict[str, float]:
@@ -122,10 +184,10 @@ def gradient_shares(terms: Mapping[str, Tensor]) -> dict[str, float]:
     return {f"gradient_share/{label[9:]}": share for label, share in zip(labels, shares, strict=True)}
 
 
-def text_hashes(tokens: Tensor) -> Tensor:
-    """Returns int64 (B,): equal for rows with equal tokens, whatever padding of zeros follows.
+def text_hashes(tokens: Tensor, pad: int = 0) -> Tensor:
+    """Returns int64 (B,): equal for rows with equal tokens, however much padding (the id `pad`) follows.
 
     tokens int64 (B, T). A polynomial modulo 2^64; ranks may have trimmed to different T.
     """
     powers = torch.full((tokens.shape[1],), _ODD, dtype=torch.int64, device=tokens.device).cumprod(0)
-    return (tokens * powers).sum(dim=1)
+    return ((tokens - pad) * powers).sum(dim=1)

@@ -62,6 +62,14 @@ def test_effective_rank_counts_dimensions() -> None:
     assert diagnostics.effective_rank(torch.ones(9, 4)) == 1.0
 
 
+def test_effective_rank_does_not_count_rounding() -> None:
+    # Rank 5 in 512 dimensions: hundreds of eigenvalues are rounding alone.
+    rows = unit(600, 5, 6) @ torch.linalg.qr(torch.randn(512, 5)).Q.T
+    assert diagnostics.effective_rank(rows.double()) == pytest.approx(
+        diagnostics.effective_rank(unit(600, 5, 6).double()), rel=1e-5
+    )
+
+
 def test_spread_is_one_on_a_sphere_and_zero_when_collapsed() -> None:
     assert float(spread(unit(4000, 32))) == pytest.approx(1, abs=0.02)
     collapsed = torch.ones(100, 32) + 1e-3 * torch.randn(100, 32, generator=torch.Generator().manual_seed(5))

@@ -12,15 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.cli import main
+from clipkit.evaluation.datasets import open_classification
 from clipkit.evaluation.probe import (
     FOLDS,
     NEIGHBOURS,
     LinearFit,
+    _features,
     folds_of,
     knn_probe,
     linear_probe,
     probe_features,
 )
+from tests.evaluation.encoders import Projection
+from tests.evaluation.layouts import labelled_csv
 from tests.train.runs import train, values
 
 
@@ -111,3 +115,21 @@ def test_the_command_probes_a_run(
     out = capsys.readouterr().out
     assert "linear probe, top-1    100.00%" in out
     assert "20 images, 2 classes, 32 features" in out
+
+
+def test_features_on_a_device_without_float64_are_moved_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.randn(8, 4)
+
+    class OnMetal:
+        device = torch.device("mps")
+
+        def cpu(self) -> torch.Tensor:
+            return rows
+
+    monkeypatch.setattr("clipkit.evaluation.probe.embed_images", lambda *_, **__: OnMetal())
+    dataset = open_classification(labelled_csv(tmp_path / "set", 8, ["a", "b"]))
+    features, labels = _features(Projection(), dataset, {})
+    assert features is rows
+    assert labels.device.type == "cpu"

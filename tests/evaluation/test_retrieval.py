@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from clipkit.dist import World
-from clipkit.evaluation import format_table
+from clipkit.evaluation import diagnostics, format_table
 from clipkit.evaluation.retrieval import retrieval, retrieval_metrics
-from clipkit.types import ClipkitError, DataError
-from tests.evaluation.encoders import Projection
+from clipkit.losses.geometry import spread
+from clipkit.types import ClipkitError, ConfigError, DataError
+from tests.evaluation.encoders import Projection, small_pixels
 from tests.evaluation.layouts import captioned_csv, image_bytes
 from tests.oracles import hit_rates_by_topk, recall_by_counting, retrieval_ranks_by_sorting
 
@@ -133,6 +136,45 @@ def test_results_are_identical_for_every_number_of_ranks(
         assert all(result == alone for result, _ in ranks)
         assert all(shapes == ranks[0][1] for _, shapes in ranks)  # equally many forwards of equal shapes
         assert len(ranks[0][1][0]) == -(-8 // size)  # 113 images are 8 batches of 16
+
+
+def test_diagnostics_are_those_of_training(tmp_path: Path) -> None:
+    class Warm(Projection):
+        logit_scale = 14.25
+
+    captions = [["one", "other"], ["two"], ["one"], ["three"]] + [[f"no {n}"] for n in range(4)]
+    folder = captioned_csv(tmp_path / "set", captions)
+    encoder = Warm()
+    found = retrieval(encoder, folder)["diagnostics"]
+    image = encoder.encode_image(
+        torch.stack([small_pixels(Image.open(io.BytesIO(image_bytes(n)))) for n in range(8)])
+    )
+    text = encoder.encode_text(encoder.tokenize([texts[0] for texts in captions]))
+    for name, rows in (("image", image), ("text", text)):
+        assert found[f"effective_rank_{name}"] == pytest.approx(diagnostics.effective_rank(rows), rel=1e-4)
+        assert found[f"spread_{name}"] == pytest.approx(float(spread(rows)), rel=1e-4)
+    assert found["alignment"] == pytest.approx(diagnostics.describe_pairs(image, text)["alignment"], rel=1e-4)
+    assert found["duplicate_captions"] == 2 / 8
+    assert found["logit_scale"] == 14.25
+    assert found["similarity"].keys() == {"edges", "positive", "negative"}
+    assert sum(found["similarity"]["positive"]) == pytest.approx(1)
+    assert "logit_scale" not in retrieval(Projection(), folder)["diagnostics"]
+
+
+def _lacking_on_rank(rank: int, size: int, folder: Path) -> str:
+    # Only the second machine lacks the table.
+    data = folder if rank == 0 else folder / "nowhere"
+    with pytest.raises(ConfigError) as caught:
+        retrieval(Projection(), data, world=World(rank, size, rank))
+    return caught.value.cause
+
+
+def test_a_set_that_one_machine_lacks_stops_all_ranks(
+    tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    causes = run_ranks(2, _lacking_on_rank, _folder(tmp_path))
+    assert causes[0] == causes[1]
+    assert "nowhere" in causes[0]
 
 
 def _towers_on_rank(rank: int, size: int, folder: Path, model_cfg: dict[str, Any]) -> dict[str, Any]:

@@ -199,3 +199,17 @@ def test_a_tag_is_fetched_only_when_named_and_fits_like_a_file(tmp_path: Path, m
     assert towers.preprocess_cfg["mean"] == [0.5, 0.5, 0.5]
     with pytest.raises(ConfigError, match="tags of tiny: made"):
         build("tiny", init="tiny:other")
+
+
+def test_a_run_directory_stands_for_its_export(tmp_path: Path) -> None:
+    source = build({"model_cfg": model_cfg(), "preprocess_cfg": {"mean": [0.5] * 3}}, log_scale=3.25)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="has no export/ yet") as caught:
+        build(model_cfg(), image=TowerOptions(init=str(run)))
+    assert f"clipkit export {run} OUT" in caught.value.cure
+    directory(run / "export", source)
+    towers = build(model_cfg(), image=TowerOptions(init=str(run)))
+    assert same(source, towers, "visual.")
+    assert towers.preprocess_cfg["mean"] == [0.5] * 3
+    assert same(source, build(model_cfg(), init=str(run)))

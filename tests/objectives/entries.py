@@ -12,6 +12,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "clip, label smoothing": {"name": "clip", "label_smoothing": 0.1},
     "clip, hard negatives": {"name": "clip", "hard_negatives": {"beta": 0.2, "tau_plus": 0.05}},
     "clip, hard captions": {"name": "clip", "hard_captions": {"field": "json.hard", "num": 2}},
+    "clip, graded targets": {"name": "clip", "targets": {"temperature": 0.3}},
     "siglip": {"name": "siglip"},
     "siglip, own scale": {"name": "siglip", "own_scale": True},
     "unicl": {"name": "unicl", "label": "cls"},

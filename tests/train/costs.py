@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 
@@ -37,7 +38,7 @@ def look_and_step_seconds(repeats: int = 5) -> tuple[float, float]:
             began = time.process_time()
             result = step(learner, accelerator, optimizer, batch, inspect=inspect)
             if inspect:
-                watch.look(1, batch, result.seen, result.terms)
+                watch.look(1, batch, result.seen, result.terms, math.inf)
             seconds[inspect].append(time.process_time() - began)
     plain = statistics.median(seconds[False])
     return statistics.median(seconds[True]) - plain, plain

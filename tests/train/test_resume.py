@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clipkit.train import pretrain
+from clipkit.types import ConfigError
 from tests.conftest import Ranks
 from tests.objectives.entries import ENTRIES
 from tests.train.runs import columns, losses, trace, train, values, weights
@@ -96,3 +99,43 @@ def test_queues_averages_and_prototypes_continue_bit_for_bit(tiny_shards: Path, 
     assert found["queue_filled/moco"][0] == 0.0
     assert found["queue_filled/moco"][-1] == 1.0
     assert found["queue_age/moco"][0] == 0 < found["queue_age/moco"][-1]
+
+
+def test_a_named_checkpoint_of_another_configuration_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    pretrain(values(tiny_shards, tmp_path / "one", run__steps=4, run__checkpoint_every=2))
+    named = str(tmp_path / "one" / "checkpoints" / "step-00000002")
+    kept = {path: path.read_bytes() for path in (tmp_path / "one").glob("*.*")}
+    other = {"run__steps": 4, "optim__lr": 0.5}
+    for folder in ("one", "two"):
+        with pytest.raises(
+            ConfigError, match=r"one belongs to a run with other values of optim\.lr"
+        ) as caught:
+            pretrain(values(tiny_shards, tmp_path / folder, **other), resume=named)
+        assert caught.value.cure
+    # A run directory that is another run is not overwritten either, whatever is continued into it.
+    pretrain(values(tiny_shards, tmp_path / "three", **other))
+    with pytest.raises(ConfigError, match="three belongs to a run"):
+        pretrain(values(tiny_shards, tmp_path / "three", run__steps=4), resume=named)
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_named_checkpoint_cuts_the_logs_of_its_own_run_only(tiny_shards: Path, tmp_path: Path) -> None:
+    one = values(tiny_shards, tmp_path / "one", run__steps=4, run__checkpoint_every=2)
+    pretrain(one)
+    log, kept = tmp_path / "one" / "metrics.jsonl", trace(tmp_path / "one")
+    named = tmp_path / "one" / "checkpoints" / "step-00000002"
+    # Elsewhere: the same samples and losses from there on, and a log that was there stays.
+    two = values(tiny_shards, tmp_path / "two", run__steps=4)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "metrics.jsonl").write_text('{"event": "mine"}\n')
+    pretrain(two, resume=str(named))
+    assert trace(tmp_path / "two") == {step: loss for step, loss in kept.items() if step > 2}
+    assert (tmp_path / "two" / "metrics.jsonl").read_text().startswith('{"event": "mine"}\n')
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+    # At home: the log is cut back to where the checkpoint stood, and goes on from there.
+    shutil.rmtree(tmp_path / "one" / "export")
+    before = log.read_text().splitlines()
+    assert pretrain(one, resume=str(named))["steps"] == 4
+    assert trace(tmp_path / "one") == kept
+    assert len(log.read_text().splitlines()) == len(before)
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from clipkit.cli import main
+from clipkit.train.loop import Interrupted
 from clipkit.train.sweep import split_overrides, split_values
 from clipkit.types import ConfigError
 from tests.train.runs import values
@@ -57,4 +59,47 @@ def test_a_wrong_value_stops_a_sweep_before_its_first_run(
     config.write_text(yaml.safe_dump(values(tiny_shards, tmp_path / "unused", run__steps=3)))
     assert main(["sweep", str(config), "optim.lr=1e-3,fast", "--dir", str(tmp_path / "out")]) == 2
     assert "optim.lr" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_run_does_not_stop_a_sweep(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(values(tiny_shards, tmp_path / "unused", run__steps=4)))
+    # The second one has losses that are not finite, the third one shards that are not there.
+    shards = f"data.train={tiny_shards},{tmp_path / 'nowhere'}"
+    out = tmp_path / "out"
+    assert main(["sweep", str(config), "optim.lr=1e30,1e-3", "--dir", str(out)]) == 1
+    seen = capsys.readouterr()
+    assert "1 of 2 runs failed; optim.lr = 1e30: " in seen.err
+    assert "failed" in seen.out
+    failed, finished = json.loads((out / "sweep.json").read_text())["runs"]
+    assert "not finite" in failed["error"]
+    assert failed["outcome"] == {}
+    assert finished["outcome"]["loss"] > 0
+    assert "error" not in finished
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    written = Path(finished["directory"], "metrics.jsonl").read_bytes()
+    # The exit code is that of the failure: here of data.
+    code = main(["sweep", str(config), shards, "--dir", str(tmp_path / "other")])
+    assert code in (2, 3)
+    first, second = json.loads((tmp_path / "other" / "sweep.json").read_text())["runs"]
+    assert "loss" in first["outcome"]
+    assert "nowhere" in second["error"]
+    assert main(["sweep", str(config), "optim.lr=1e30,1e-3", "--dir", str(out)]) == 1
+    assert Path(finished["directory"], "metrics.jsonl").read_bytes() == written
+
+
+def test_a_sweep_stops_when_it_is_interrupted(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(values(tiny_shards, tmp_path / "unused", run__steps=4)))
+
+    def interrupted(*_: Any) -> None:
+        raise Interrupted("stopped by SIGTERM", "run the same command again")
+
+    monkeypatch.setattr("clipkit.train.sweep.pretrain", interrupted)
+    assert main(["sweep", str(config), "optim.lr=1e-2,1e-3", "--dir", str(tmp_path / "out")]) == 130
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,110 @@
+"""What a run finds when it starts: the checkpoint to continue from, and whether it may."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkit import dist
+from clipkit.checkpoint import Checkpoint, CheckpointStore, derive_rng, restore_rng
+from clipkit.config import Config, read_values
+from clipkit.train.setup import Run
+from clipkit.train.state import belongs
+from clipkit.types import ConfigError
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An evaluation of the checkpoint's step in metrics.jsonl; cut: the log is cut back before it."""
+
+    record: dict[str, Any]
+    cut: bool
+
+
+def find_checkpoint(config: Config, folder: Path, store: CheckpointStore, resume: str) -> Checkpoint | None:
+    """Returns the checkpoint to continue from, or None for a new run; all ranks call it.
+
+    Raises ConfigError when the directory, or the run that a path points into, belongs to another
+    configuration (naming the keys) or, with resume "never", when the directory holds a checkpoint.
+    """
+    if resume not in ("auto", "never"):
+        named = store.open(Path(resume))
+        # RUN/checkpoints/step-...: its configuration lies in RUN.
+        for run in dict.fromkeys((named.path.resolve().parent.parent, folder.resolve())):
+            check_same_run(config, run)
+        return named
+    found = store.newest()
+    if found is None:
+        return None
+    if resume == "never":
+        raise ConfigError(
+            f"{folder} already holds a checkpoint of step {found.step}",
+            "choose another run.dir, or remove that directory, or continue with --resume auto",
+        )
+    check_same_run(config, folder)
+    return found
+
+
+def check_same_run(config: Config, folder: Path) -> None:
+    """Raises ConfigError naming the keys in which the configuration of the run in `folder` differs."""
+    written = folder / CONFIG
+    different = config.differences(read_values(written).tree) if written.exists() else []
+    if different:
+        raise ConfigError(
+            f"{folder} belongs to a run with other values of {', '.join(different)}",
+            "choose another run.dir for this configuration, or restore those values to continue",
+        )
+
+
+def kept_evaluation(run: Run, found: Checkpoint) -> Kept | None:
+    """Returns the evaluation of the checkpoint's weights that the run has already logged; all ranks call it.
+
+    None when there is none, when it has an error, or when run.evaluate was something else. To be called
+    before the logs are cut back and config.yaml is written again.
+    """
+    kept = _kept(run, found) if run.world.is_main and belongs(found, run.folder) else None
+    first: Kept | None = dist.gather_objects(kept)[0]
+    return first
+
+
+def _kept(run: Run, found: Checkpoint) -> Kept | None:
+    path, written = run.folder / "metrics.jsonl", run.folder / CONFIG
+    if not path.exists() or not written.exists():
+        return None
+    if read_values(written).tree.get("run", {}).get("evaluate") != run.config.values()["run"]["evaluate"]:
+        return None
+    length, offset, kept = found.document("trainer")["logs"].get(path.name, 0), 0, None
+    for line in path.read_bytes().splitlines(keepends=True):
+        record = _evaluation(line)
+        if record is not None and record.get("step") == found.step:
+            kept = Kept(record, offset >= length)
+        offset += len(line)
+    if kept is None or any("error" in numbers for numbers in kept.record["results"].values()):
+        return None
+    return kept
+
+
+def _evaluation(line: bytes) -> dict[str, Any] | None:
+    """The record of an evaluation on a line of a log; None for others, and for what a kill left torn."""
+    if b'"evaluation"' not in line:
+        return None
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record if record.get("event") == "evaluation" else None
+
+
+def continue_rng(run: Run, found: Checkpoint | None) -> None:
+    """Restores this rank's random states, or derives them where the number of ranks has changed."""
+    if found is None:
+        return
+    states = found.rank_tensors(run.world.rank) if found.world_size == run.world.size else None
+    if states is None:
+        derive_rng(run.config.run.seed, found.step, run.world.rank)
+    else:
+        restore_rng(states)
