@@ -6,6 +6,7 @@ import datetime
 import random
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,21 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def shortened(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Returns `names` in order, a module in the place of its parameters where they are all among them."""
+    chosen, found = set(names), {}
+    for name in names:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:length]) for length in range(1, len(parts))]
+        module = (
+            prefix
+            for prefix in prefixes
+            if all(other in chosen for other in known if other.startswith(f"{prefix}."))
+        )
+        found[next(module, name)] = None
+    return list(found)
 
 
 def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
@@ -224,7 +240,8 @@ def prepare(
     notes = [*towers.notes, *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers))]
     notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
     if unused:
-        notes.append(f"without gradient, frozen and left out of the optimizer: {', '.join(unused)}")
+        whole = shortened(unused, [name for name, _ in learner.named_parameters()])
+        notes.append(f"without gradient, frozen and left out of the optimizer: {', '.join(whole)}")
     if config.run.precision == "bf16" and accelerator.device.type == "cpu":
         slowdown = bf16_slowdown(accelerator.device)
         if slowdown > 2:

@@ -20,6 +20,7 @@ from clipkit.evaluation.probe import probe
 from clipkit.evaluation.retrieval import retrieval
 from clipkit.export import load
 from clipkit.train import pretrain
+from clipkit.train.setup import shortened
 from clipkit.types import ClipkitError, ConfigError, DataError
 from tests.conftest import COLOURS, Ranks
 from tests.train.runs import trace, train, values, weights
@@ -207,6 +208,13 @@ def test_frozen_trunk_stays_and_projection_trains(tiny_shards: Path, tmp_path: P
     after = dict(load(pretrain(config)["export"]).towers.clip.visual.named_parameters())
     changed = {name for name in before if not bool((before[name] == after[name]).all())}
     assert changed <= {"proj"}
+
+
+def test_modules_stand_for_their_parameters() -> None:
+    known = ["scale", "a.x.w", "a.x.b", "a.y", "b.w", "b.v"]
+    assert shortened(["scale", "a.x.w", "a.x.b", "b.w", "b.v"], known) == ["scale", "a.x", "b"]
+    assert shortened(["a.x.w", "a.y"], known) == ["a.x.w", "a.y"]
+    assert shortened(known[1:4], known) == ["a"]
 
 
 def test_missing_run_directory_of_a_finished_export_is_rebuilt(tiny_shards: Path, tmp_path: Path) -> None:
