@@ -103,7 +103,8 @@ def seed_everything(seed: int) -> None:
 
 def shortened(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """Returns `names` in order, a module in the place of its parameters where they are all among them."""
-    chosen, found = set(names), {}
+    chosen = set(names)
+    found: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         prefixes = [".".join(parts[:length]) for length in range(1, len(parts))]
