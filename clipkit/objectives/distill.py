@@ -40,9 +40,10 @@ class Distill(Paired):
         stored: Mapping[str, Any] | None = None,
         views: Mapping[str, str] | None = None,
         own_scale: bool = False,
+        temperature: float | None = None,
         features: float = 0.0,
     ) -> None:
-        super().__init__(views, own_scale)
+        super().__init__(views, own_scale, temperature)
         self.features = check_number("features", features, 0.0)
         listed = [teachers] if isinstance(teachers, str) else teachers
         if not isinstance(listed, list | tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,16 +41,20 @@ def pair_accuracy(image: Tensor, text: Tensor) -> Tensor:
 
 
 class Paired(Objective):
-    """What objectives on pairs share: one image view, one text view, and a temperature, shared or own.
+    """What objectives on pairs share: one image view, one text view, and a temperature.
 
-    views      {image: RECIPE, text: RECIPE or FIELD}: other views than the ones that all pairs share
-    own_scale  a temperature of its own instead of the model's, for objectives that start it differently
+    views        {image: RECIPE, text: RECIPE or FIELD}: other views than the ones that all pairs share
+    own_scale    a learned temperature of its own instead of the model's, for objectives that start it
+                 differently
+    temperature  a fixed one, at least 0.01; null: learned
     """
 
     start: Scale
     fewest_rows = 2
 
-    def __init__(self, views: Mapping[str, str] | None, own_scale: bool) -> None:
+    def __init__(
+        self, views: Mapping[str, str] | None, own_scale: bool, temperature: float | None = None
+    ) -> None:
         super().__init__()
         chosen = read_options("views", views, {"image": "image", "text": "text"})
         recipes = {tower: check_text(f"views.{tower}", name, tower) for tower, name in chosen.items()}
@@ -57,10 +62,19 @@ class Paired(Objective):
         self.needs = Needs(views=(self.image, self.text))
         self.own = OwnScale(self.start) if check_flag("own_scale", own_scale) else None
         self.scale = None if own_scale else self.start
+        self.fixed: float | None = None
+        if temperature is not None:
+            if own_scale:
+                raise ConfigError("own_scale is learned and temperature is fixed", "leave one of them out")
+            self.fixed = 1 / check_number("temperature", temperature, 0.01)
+            # The model's own temperature starts there and is not trained: exports hold it.
+            self.scale = replace(self.start, log_scale=math.log(self.fixed))
 
     def pair(self, e: Embeddings) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns image (B, D), text (B, D), scale (1,) and bias (1,) or None."""
         scale, bias = (e.logit_scale, e.logit_bias) if self.own is None else self.own()
+        if self.fixed is not None:
+            scale = torch.full_like(scale, self.fixed)
         return e.joint[self.image.name], e.joint[self.text.name], scale, bias
 
     def after_step(self) -> None:
@@ -89,12 +103,13 @@ class Clip(Paired):
         self,
         views: Mapping[str, str] | None = None,
         own_scale: bool = False,
+        temperature: float | None = None,
         label_smoothing: float = 0.0,
         hard_negatives: Mapping[str, Any] | None = None,
         hard_captions: Mapping[str, Any] | None = None,
         targets: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(views, own_scale)
+        super().__init__(views, own_scale, temperature)
         self.smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
         self.weights = None if hard_negatives is None else hard_options(hard_negatives)
         self.hard: tuple[View, ...] = ()
@@ -203,8 +218,13 @@ class SigLip(Paired):
     # Every couple is a question of its own: one pair has an answer, if a dull one.
     fewest_rows = 1
 
-    def __init__(self, views: Mapping[str, str] | None = None, own_scale: bool = False) -> None:
-        super().__init__(views, own_scale)
+    def __init__(
+        self,
+        views: Mapping[str, str] | None = None,
+        own_scale: bool = False,
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__(views, own_scale, temperature)
 
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered pairs and the in-batch accuracy."""
@@ -225,9 +245,13 @@ class UniCl(Paired):
     start = CLIP_SCALE
 
     def __init__(
-        self, views: Mapping[str, str] | None = None, own_scale: bool = False, label: str = "caption"
+        self,
+        views: Mapping[str, str] | None = None,
+        own_scale: bool = False,
+        temperature: float | None = None,
+        label: str = "caption",
     ) -> None:
-        super().__init__(views, own_scale)
+        super().__init__(views, own_scale, temperature)
         self.label = check_text("label", label, "caption")
         if self.label == "caption" and self.text.field is not None:
             # Equal as this objective reads them, not as the usual text view does.
@@ -258,10 +282,11 @@ class CyClip(Paired):
         self,
         views: Mapping[str, str] | None = None,
         own_scale: bool = False,
+        temperature: float | None = None,
         in_modal: float = 0.25,
         cross_modal: float = 0.25,
     ) -> None:
-        super().__init__(views, own_scale)
+        super().__init__(views, own_scale, temperature)
         self.in_modal = check_number("in_modal", in_modal, 0.0)
         self.cross_modal = check_number("cross_modal", cross_modal, 0.0)
 

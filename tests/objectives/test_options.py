@@ -47,6 +47,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "infonce", "tower": "image", "hard_captions": {}}, "tower: text"),
     ({"name": "supcon", "label": "cls", "form": "inside"}, "form"),
     ({"name": "pcl", "queue": 30, "clusters": [40]}, "queue"),
+    ({"name": "clip", "temperature": 0.005}, "temperature"),
+    ({"name": "siglip", "temperature": 0.1, "own_scale": True}, "leave one"),
     ({"name": "distill"}, "no teacher"),
     ({"name": "distill", "stored": {}, "features": -1}, "features"),
     ({"name": "clip", "own_scale": "no"}, "own_scale is 'no'"),

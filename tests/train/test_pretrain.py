@@ -210,6 +210,15 @@ def test_frozen_trunk_stays_and_projection_trains(tiny_shards: Path, tmp_path: P
     assert changed <= {"proj"}
 
 
+def test_a_fixed_temperature_stays_and_is_exported(tiny_shards: Path, tmp_path: Path) -> None:
+    config = values(tiny_shards, tmp_path / "run", run__steps=3)
+    config["objectives"] = [{"name": "clip", "temperature": 0.25}]
+    exported = pretrain(config)["export"]
+    assert load(exported).logit_scale == pytest.approx(4.0, rel=1e-6)
+    scales = [record["logit_scale"] for record in records(tmp_path / "run") if "loss" in record]
+    assert scales == pytest.approx([4.0] * 3, rel=1e-6)
+
+
 def test_modules_stand_for_their_parameters() -> None:
     known = ["scale", "a.x.w", "a.x.b", "a.y", "b.w", "b.v"]
     assert shortened(["scale", "a.x.w", "a.x.b", "b.w", "b.v"], known) == ["scale", "a.x", "b"]
