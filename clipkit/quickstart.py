@@ -101,7 +101,7 @@ def run(
     """
     directory, plan = Path(directory), CORPORA[corpus]
     began = time.perf_counter()
-    print(f"1/4 drawing {corpus} from the DejaVu fonts (made data)", flush=True)
+    print(f"1/4 drawing {corpus} from the DejaVu fonts (made data), about a minute", flush=True)
     corpus_dir = directory / "data"
     # Drawn at the size of the model: shrinking later would blur what the fonts hint.
     size = vision_size(load_config(preset(plan.config), overrides))
