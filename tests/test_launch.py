@@ -8,13 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.conftest import Ranks
-from tests.train.runs import losses, trace, train, values
+from tests.train.runs import losses, trace, train, values, weights
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -31,15 +33,19 @@ def free_port() -> int:
         return port
 
 
+def launcher(world: int) -> list[str]:
+    ports = ["--master_port", str(free_port())]
+    return ["-m", "torch.distributed.run", "--nproc_per_node", str(world), *ports]
+
+
 def test_torchrun_trains_on_two_processes_what_one_would(tiny_shards: Path, tmp_path: Path) -> None:
     one = values(tiny_shards, tmp_path / "one", run__steps=8)
     Ranks(1, train, one).values()
     two = written(
         values(tiny_shards, tmp_path / "two", run__steps=8, run__world_size=2), tmp_path / "two.yaml"
     )
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "clipkit", "pretrain", two],
+        [sys.executable, *launcher(2), "-m", "clipkit", "pretrain", two],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -52,18 +58,39 @@ def test_torchrun_trains_on_two_processes_what_one_would(tiny_shards: Path, tmp_
     assert max(abs(a - b) for a, b in pairs) < 1e-5
 
 
-def test_a_killed_command_continues_bit_for_bit(tiny_shards: Path, tmp_path: Path) -> None:
-    Ranks(1, train, values(tiny_shards, tmp_path / "straight")).values()
-    config = written(values(tiny_shards, tmp_path / "broken"), tmp_path / "broken.yaml")
-    command = [sys.executable, "-m", "clipkit", "pretrain", config]
-    metrics = tmp_path / "broken" / "metrics.jsonl"
-    running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+def in_step(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and metrics.read_bytes().count(b"\n") >= 13
+
+
+def in_save(run: Path) -> bool:
+    # A checkpoint under its temporary name is being written.
+    return in_step(run) and any((run / "checkpoints").glob("step-*.tmp-*"))
+
+
+def kill_when(moment: Callable[[Path], bool], run: Path, command: list[str]) -> None:
+    """Starts the command and ends it and its children by SIGKILL as soon as `moment` has come."""
+    running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 200
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 13:
+    while not moment(run):
         assert time.monotonic() < deadline
         assert running.poll() is None
-        time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
+        time.sleep(0.0005)
+    os.killpg(running.pid, signal.SIGKILL)
     assert running.wait(20) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("world", "moment"), [(1, in_step), (1, in_save), (2, in_step)])
+def test_a_killed_command_continues_bit_for_bit(
+    tiny_shards: Path, tmp_path: Path, world: int, moment: Callable[[Path], bool]
+) -> None:
+    # A checkpoint at every step leaves little time outside of saves.
+    every = {"run__checkpoint_every": 1} if moment is in_save else {}
+    Ranks(world, train, values(tiny_shards, tmp_path / "straight", **every)).values()
+    config = written(values(tiny_shards, tmp_path / "broken", **every), tmp_path / "broken.yaml")
+    command = [sys.executable, *(launcher(world) if world > 1 else []), "-m", "clipkit", "pretrain", config]
+    kill_when(moment, tmp_path / "broken", command)
+    assert len(losses(tmp_path / "broken")) < 24, "it was killed before its end"
     subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, timeout=200, check=True)
     assert trace(tmp_path / "broken") == trace(tmp_path / "straight")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
