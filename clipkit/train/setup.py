@@ -237,7 +237,10 @@ def prepare(
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
     learner.train()
-    unused = freeze_unused(learner, fake_batch(learner, views, stream.stored_widths))
+    # On its device before the trial: nccl refuses tensors of the CPU.
+    learner.to(accelerator.device)
+    trial = fake_batch(learner, views, stream.stored_widths).to(accelerator.device)
+    unused = freeze_unused(learner, trial)
     notes = [*towers.notes, *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers))]
     notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
     if unused:
