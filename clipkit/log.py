@@ -44,7 +44,9 @@ def encode_record(record: Mapping[str, Any]) -> str:
     encoded = plain(record, "")
     if non_finite:
         encoded["non_finite"] = non_finite
-    return json.dumps(encoded, ensure_ascii=False, allow_nan=False)
+    line = json.dumps(encoded, ensure_ascii=False, allow_nan=False)
+    # A file name that is not UTF-8 arrives with lone surrogates: JSON holds them as escapes only.
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def _duration(seconds: float) -> str:

@@ -38,12 +38,14 @@ from clipkit.data.shards import (
     write_train_parts,
 )
 from clipkit.data.tables import (
+    TAB_SUFFIXES,
     UNREADABLE,
     ImageRoot,
     check_pairs,
     count_reasons,
     find_root,
     pair_part,
+    read_columns,
     read_pairs,
     refuse_too_many,
     write_rejects,
@@ -60,7 +62,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="CSV, TSV or (for an evaluation set) a folder")
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="CSV, TSV, or a folder that holds one; for an evaluation set also a folder of images",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--to", choices=("train", "evaluation"), default="train", help="layout (default: train)"
@@ -96,17 +102,32 @@ def _positive(text: str) -> int:
     return number
 
 
+def _table(given: Path) -> Path:
+    """Returns the table itself, or the only one in a folder. Raises ConfigError."""
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        raise ConfigError(f"{given}: no such table", "give a CSV or TSV file, or pass --to evaluation")
+    tables = [path for path in sorted(given.iterdir()) if path.suffix.lower() in (".csv", *TAB_SUFFIXES)]
+    if len(tables) == 1:
+        return tables[0]
+    found = f"{len(tables)} tables ({', '.join(path.name for path in tables[:3])})" if tables else "no table"
+    raise ConfigError(
+        f"{given}: a folder of images needs a table of their captions, it holds {found}",
+        "give the CSV or TSV file, or pass --to evaluation",
+    )
+
+
 def make_train(options: argparse.Namespace) -> list[ShardRecord]:
     """Writes training shards from a table and returns their records (none in a dry run)."""
-    if not options.data.is_file():
-        raise ConfigError(f"{options.data}: no such table", "give a CSV or TSV file, or pass --to evaluation")
-    rows = read_pairs(options.data, options.image_key, options.caption_key, options.keep)
-    root: ImageRoot = find_root(options.data, options.images, rows[0].image)
+    table = _table(options.data)
+    rows = read_pairs(table, options.image_key, options.caption_key, options.keep)
+    root: ImageRoot = find_root(table, options.images, rows[0].image)
     pairs, rejects = check_pairs(rows, root)
     print(f"{len(rows):,} rows, images in {root.path}, {len(pairs):,} usable", flush=True)
     if rejects:
         print(f"left out: {count_reasons(rejects)} (see rejects.jsonl)", flush=True)
-    refuse_too_many(options.data, rejects, len(rows), options.max_reject_fraction)
+    refuse_too_many(table, rejects, len(rows), options.max_reject_fraction)
     if options.dry_run:
         for pair in pairs[:3]:
             print(f"  {pair.image}: {pair.caption}")
@@ -167,8 +188,7 @@ def _holds_captions(path: Path) -> bool:
     from clipkit.evaluation.folders import has_captions
 
     if path.is_file():
-        with path.open(encoding="utf-8-sig") as stream:
-            return "label" not in stream.readline()
+        return "label" not in read_columns(path)
     if (path / "captions.csv").is_file() or (path / "labels.csv").is_file():
         return (path / "captions.csv").is_file()
     return path.is_dir() and has_captions(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -68,6 +69,23 @@ def test_a_corrupt_image_is_counted_and_replaced(
     assert main(["pretrain", str(write(config, tmp_path / "c.yaml")), "data.max_reject_fraction=0.1"]) == 0
     (line,) = (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "000003"
+
+
+def test_a_corrupt_image_with_a_name_that_is_not_utf8(
+    config: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    with tarfile.open(shards / "00000.tar") as source, tarfile.open(shards / "new.tar", "w") as target:
+        for member in source:
+            content = source.extractfile(member)
+            if member.name == "000003.png":
+                member.size, content = 0, None
+            member.name = member.name.replace("000003", name)
+            target.addfile(member, content)
+    (shards / "new.tar").replace(shards / "00000.tar")
+    assert main(["pretrain", str(write(config, tmp_path / "c.yaml")), "data.max_reject_fraction=0.1"]) == 0
+    (line,) = (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == "caf\\udce9"
 
 
 def test_a_missing_caption_stops_a_run_that_allows_none(

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import clipkit
 import clipkit.train
@@ -107,6 +109,14 @@ def test_python_dash_m_reports_its_exit_code(tmp_path: Path) -> None:
             ValueError("odd\nthing"),
             1,
             ["error: ValueError: odd thing", "  cure: run it again with --traceback for details"],
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            1,
+            [
+                "error: OutOfMemoryError: CUDA out of memory",
+                "  cure: set or lower data.micro_batch (training) or --batch-size (evaluation)",
+            ],
         ),
         (KeyboardInterrupt(), 130, ["interrupted"]),
     ],
@@ -276,6 +286,27 @@ def test_index_leaves_with_3_on_a_cut_shard(
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 3])
     assert main(["index", str(tmp_path / "cut.tar")]) == 3
     assert "cut.tar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["y.tar.gz", "https://host/y.tar", "pipe:cat y.tar"])
+def test_index_refuses_what_is_only_read_from_front_to_back(
+    capsys: pytest.CaptureFixture[str], shard: str
+) -> None:
+    assert main(["index", "x.tar", shard]) == 2
+    assert (
+        f"error: {shard}: cannot be indexed; training reads it with exact: false" in capsys.readouterr().err
+    )
+
+
+def test_index_prints_names_that_are_not_utf8(tiny_shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(tiny_shards, folder)
+    command = [sys.executable, "-m", "clipkit", "index", str(folder)]
+    found = subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    )
+    assert found.returncode == 0, found.stderr
+    assert b"caf\\udce9" in found.stdout
 
 
 def test_configs_are_listed_shown_and_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

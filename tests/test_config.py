@@ -188,6 +188,12 @@ def test_a_model_of_a_later_layer_replaces_the_other_kind(
         ("data.train={00..12}.tar", "{00..12}.tar"),
         ("data.train=a,b.tar", "a,b.tar"),
         ("data.train.0.shards=[a.tar, b.tar]", ("a.tar", "b.tar")),
+        ("data.train.0.shards=['my #1/a.tar', \"b: c.tar\"]", ("my #1/a.tar", "b: c.tar")),
+        ("data.train=/data/my #1/{0..3}.tar", "/data/my #1/{0..3}.tar"),
+        ("data.train=/data/{a,b} #1/x.tar", "/data/{a,b} #1/x.tar"),
+        ("data.train=/data/a: b/x.tar", "/data/a: b/x.tar"),
+        ("data.train='/data/a: b #1/x.tar'", "/data/a: b #1/x.tar"),
+        ("data.train=[{shards: x.tar}]", "x.tar"),
     ],
 )
 def test_shard_patterns_need_no_second_quoting(tmp_path: Path, override: str, value: Any) -> None:

@@ -144,6 +144,18 @@ def test_missing_or_ragged_table(tmp_path: Path) -> None:
     assert make_shards.main([str(ragged), "--out", str(tmp_path / "o")]) == 3
 
 
+def test_a_folder_stands_for_its_only_table(
+    catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_shards.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 7}
+    assert make_shards.main([str(tmp_path / "images"), "--out", str(tmp_path / "o")]) == 2
+    assert "a folder of images needs a table" in capsys.readouterr().err
+    write_table(tmp_path / "more.tsv", ["filepath", "caption"], [["a", "b"]], "\t")
+    assert make_shards.main([str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    assert "2 tables (more.tsv, pairs.csv)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["make_shards", "make_glyphs"])
 def test_usage_errors_leave_with_2(name: str) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -211,6 +223,14 @@ def test_captions_become_a_retrieval_set(tmp_path: Path) -> None:
     assert found["s0000000.txt"] == b"b one\nb two"
     assert found["s0000001.jpg"] == jpeg(0)
     assert make_shards.main([str(out), "--to", "evaluation", "--out", str(tmp_path / "again")]) == 2
+
+
+@pytest.mark.parametrize("header", ["filepath,caption,label_source", "filepath,caption,unlabelled"])
+def test_the_columns_tell_captions_from_labels(tmp_path: Path, header: str) -> None:
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    table = write_table(tmp_path / "t.csv", header.split(","), [["0.jpg", "a one", "x"]])
+    assert make_shards.main([str(table), "--to", "evaluation", "--out", str(tmp_path / "out")]) == 0
+    assert members(tmp_path / "out" / "test" / "0.tar")["s0000000.txt"] == b"a one"
 
 
 def test_make_glyphs_draws_both_corpora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

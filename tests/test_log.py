@@ -53,6 +53,12 @@ def test_every_record_is_one_line_that_is_there_at_once(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 3, "a continued run appends"
 
 
+def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
+    line = encode_record({"path": "caf\udce9"})
+    line.encode("utf-8")
+    assert json.loads(line) == {"path": "caf\udce9"}
+
+
 def test_numbers_that_json_cannot_hold_become_null_and_keep_their_name(tmp_path: Path) -> None:
     with RunLog(tmp_path, total_steps=1, stream=io.StringIO()) as log:
         log.append({"step": 1, "loss": math.nan, "terms": {"clip": -math.inf, "list": [1.0, math.inf]}})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from clipkit import quickstart
 from clipkit.config import load_config
 from clipkit.types import GateError
+from tests.evaluation.layouts import labelled_csv
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,34 @@ def test_a_second_call_continues_instead_of_training_again(folder: Path) -> None
     before = (folder / "run" / "metrics.jsonl").read_bytes()
     quickstart.run(folder, overrides=STEPS, drawing={"train": 400, "evaluation": 32})
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_merged_classes_are_counted_wherever_the_model_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list("abcdef")
+    (labelled_csv(tmp_path, 6, names) / "groups.json").write_text('{"groups": [[0, 1]]}')
+    scores = torch.eye(6)
+    scores[:2] = torch.tensor([[1.0, 2, 0, 0, 0, 0], [2, 1, 0, 0, 0, 0]])
+    scores[2] = scores[3]
+
+    class Elsewhere:
+        """Rows on a GPU: CPU tensors cannot be indexed by them."""
+
+        T = None
+
+        def __len__(self) -> int:
+            return 6
+
+        def __matmul__(self, other: object) -> Elsewhere:
+            return self
+
+        def topk(self, k: int, dim: int) -> SimpleNamespace:
+            return SimpleNamespace(indices=SimpleNamespace(cpu=lambda: scores.topk(k, dim).indices))
+
+    for name in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(f"clipkit.evaluation.{name}", lambda *_: Elsewhere(), raising=False)
+    assert quickstart.merged_accuracy(None, tmp_path)[1] == pytest.approx(5 / 6)
 
 
 def test_the_gate_names_what_is_below_its_floor() -> None:

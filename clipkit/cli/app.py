@@ -62,6 +62,13 @@ def _root(
     """Pretrain, fine-tune, evaluate and ship CLIP-style image-text models."""
 
 
+def _cure(error: Exception) -> str:
+    # By name: importing torch to ask would take seconds, and it may not be what failed.
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return "set or lower data.micro_batch (training) or --batch-size (evaluation)"
+    return "run it again with --traceback for details"
+
+
 def _report(error: Exception) -> int:
     """Prints a failure on stderr and returns its exit code."""
     prefix = f"rank {rank()}: " if rank() else ""
@@ -74,7 +81,7 @@ def _report(error: Exception) -> int:
         code = error.exit_code
     else:
         summary = " ".join(str(error).split()) or "no message"
-        pairs, code = [(f"{type(error).__name__}: {summary}", "run it again with --traceback for details")], 1
+        pairs, code = [(f"{type(error).__name__}: {summary}", _cure(error))], 1
     for cause, cure in pairs:
         print(redact(f"{prefix}error: {cause}\n  cure: {cure}"), file=sys.stderr)
     return code

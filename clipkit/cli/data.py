@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from clipkit.cli.output import StageProgress, say, size, table
+from clipkit.types import ConfigError
 
 
 def index(
@@ -23,11 +24,20 @@ def index(
 
     Example: clipkit index 'train/{000..015}.tar'
     """
-    from clipkit.data.tar_index import build_index, expand_shards
+    from clipkit.data.source import expand_shards, needs_stream
+    from clipkit.data.tar_index import build_index
 
+    # A pipe is allowed only to be refused below: nothing here runs a command.
+    names = expand_shards(shards, allow_pipe=True)
+    streamed = [name for name in names if needs_stream(name)]
+    if streamed:
+        raise ConfigError(
+            f"{streamed[0]}: cannot be indexed; training reads it with exact: false",
+            "index plain .tar files on this disk, or train without an index",
+        )
     with StageProgress() as progress:
         found = build_index(
-            expand_shards(shards),
+            names,
             workers=workers,
             on_shard=lambda done, total: progress("shards", done, total),
             refresh=verify,

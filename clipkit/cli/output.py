@@ -40,7 +40,8 @@ def join_launcher(device: str) -> tuple[World, str]:
 def say(text: str) -> None:
     """Prints one piece of text on the main rank."""
     if rank() == 0:
-        print(redact(text), flush=True)
+        # A file name need not be UTF-8, and standard output, unlike standard error, is strict.
+        print(redact(text).encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -60,7 +60,11 @@ def pretrain(
         typer.Option(metavar="auto|never|PATH", help="Continue the newest checkpoint, none, or this one."),
     ] = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build everything, run a few steps, print what a run costs.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Build everything, run a few steps, print what a run costs; writes only the shards' index.",
+        ),
     ] = False,
 ) -> None:
     """Train a model, or continue at the very next sample after the last checkpoint.

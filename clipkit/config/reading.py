@@ -274,8 +274,26 @@ def _assign(tree: Any, path: Path_, value: Any, whole: Path_, origin: Origin) ->
     return {**section, str(key): _assign(section.get(str(key)), path[1:], value, whole, origin)}
 
 
+_BARE = re.compile(
+    r"""[{\[]|[}\]]|(?<![^\s{\[,:])(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*')|(?:^|\s)\#|:(?=\s|$)"""
+)
+
+
+def _reads_as_path(text: str) -> bool:
+    """Whether YAML would take a comment or a mapping out of text such as /data/my #1 or /data/a: b."""
+    depth = 0
+    for found in _BARE.findall(text):
+        if found in "{[}]":
+            depth += 1 if found in "{[" else -1
+        elif found[0] not in "\"'" and depth <= 0:
+            return True
+    return False
+
+
 def _override_value(text: str) -> Any:
     """The value as YAML; text that is no YAML, such as *.tar or {00..12}.tar, is itself."""
+    if _reads_as_path(text):
+        return text
     try:
         return parse_text(f"value:\n  {text}", "override").tree.get("value")
     except Exception as error:

@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from clipkit.data.tar_index import Index, build_index
 from clipkit.data.targets import stored_widths
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
+from clipkit.data.waiting import while_others_wait
 from clipkit.data.window import WindowReader, first_samples
 from clipkit.types import Batch, ClipkitError, ConfigError, DataError
 
@@ -331,12 +333,16 @@ def _shared_index(shards: list[str], options: LoaderOptions, world: dist.World) 
     processes = max(1, min(options.workers, os.cpu_count() or 1))
     index: Index | None = None
     error: ClipkitError | None = None
+
+    def walk(turn: bool) -> None:
+        nonlocal index, error
+        try:
+            index = build_index(shards, workers=processes) if turn else index
+        except ClipkitError as caught:
+            error = caught
+
     for turn in (world.is_main, not world.is_main):
-        if turn and error is None:
-            try:
-                index = build_index(shards, workers=processes)
-            except ClipkitError as caught:
-                error = caught
+        while_others_wait(partial(walk, turn and error is None))
         outcomes = dist.gather_objects((error, index.sha if index else ""))
         error = next((outcome for outcome, _ in outcomes if outcome is not None), error)
     if error is not None:

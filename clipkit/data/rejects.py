@@ -1,13 +1,24 @@
-"""How many unusable samples a run tolerates."""
+"""Unusable samples: how each is recorded, and how many a run tolerates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from clipkit.data.sample import Unusable
 from clipkit.types import DataError, Reject
 
 SAMPLES_BEFORE_FRACTION = 1000
+
+
+def reject(key: str, shard: str, problem: Unusable, slot: int, substitute: str) -> Reject:
+    """Returns the record of a sample that could not be used, in text that every file can hold."""
+    # Names of members and folders need not be UTF-8; a strict writer would end the run at every resume.
+    key, shard, reason, detail, substitute = (
+        text.encode("utf-8", "backslashreplace").decode()
+        for text in (key, shard, problem.reason, problem.detail, substitute)
+    )
+    return Reject(key, shard, reason, detail, slot, substitute)
 
 
 class RejectBudget:

@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,11 +66,9 @@ def expand_shards(spec: str | Sequence[str], *, allow_pipe: bool = False) -> lis
         shards += _expand_one(os.fspath(entry))
     if not shards:
         raise DataError("data.train names no shard", "give a path, a folder, a glob or a list of shards")
-    repeated = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(shards) < 10_000 else []
-    if repeated or len(set(shards)) < len(shards):
-        raise DataError(
-            f"data.train names a shard twice: {repeated[:1] or '(long list)'}", "name every shard once"
-        )
+    repeated = sorted(shard for shard, times in Counter(shards).items() if times > 1)
+    if repeated:
+        raise DataError(f"data.train names a shard twice: {repeated[0]}", "name every shard once")
     return shards
 
 
@@ -84,7 +82,7 @@ def _expand_one(spec: str) -> list[str]:
         return list(_expand_braces(spec)) if scheme else [spec]
     shards: list[str] = []
     for name in _expand_braces(spec):
-        if not glob.has_magic(name):
+        if not glob.has_magic(name) or os.path.exists(name):
             shards.append(name)
             continue
         matches = sorted(glob.glob(name), key=_natural)
@@ -106,7 +104,7 @@ def _folder(path: str) -> list[str]:
 
 
 def _natural(name: str) -> list[Any]:
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _expand_braces(spec: str) -> Iterator[str]:

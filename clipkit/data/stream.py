@@ -25,11 +25,13 @@ from clipkit.data.loader import TrainStream
 from clipkit.data.options import LoaderOptions
 from clipkit.data.order import ORDER_VERSION, hash_key, permutation
 from clipkit.data.ranges import RowRanges
+from clipkit.data.rejects import reject
 from clipkit.data.rows import Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample, Unusable
 from clipkit.data.source import scheme_of
 from clipkit.data.targets import stored_widths
-from clipkit.types import ClipkitError, ConfigError, DataError, Reject
+from clipkit.data.waiting import while_others_wait
+from clipkit.types import ClipkitError, ConfigError, DataError
 
 SHUFFLE_BUFFER = 1000  # raw samples per worker
 _TIMEOUT = 60  # seconds without an answer
@@ -109,9 +111,7 @@ class StreamReader:
             except Unusable as problem:
                 rejected.append((sample, members["__url__"], problem))
                 continue
-            rejects = tuple(
-                Reject(bad.key, url, why.reason, why.detail, slot, sample.key) for bad, url, why in rejected
-            )
+            rejects = tuple(reject(bad.key, url, why, slot, sample.key) for bad, url, why in rejected)
             return Row(slot, sample_id, sample.key, content, rejects)
         sample, url, why = rejected[0]
         raise DataError(
@@ -207,14 +207,18 @@ def _surveyed(
     shards: list[str], recipe: Recipe, limit: int, world: dist.World
 ) -> tuple[int, tuple[int, ...]]:
     """The number of samples and widths of stored vectors, as the main rank finds them; errors reach all."""
-    seen: tuple[int, tuple[int, ...]] | ClipkitError | None = None
-    if world.is_main or dist.World.current().size == 1:
+
+    def survey() -> tuple[int, tuple[int, ...]] | ClipkitError | None:
+        if not world.is_main and dist.World.current().size > 1:
+            return None
         try:
             widths = stored_widths(map(_raw, read_samples(shards)), recipe.stored, limit)
-            seen = sum(1 for _ in read_samples(shards)), widths
+            return sum(1 for _ in read_samples(shards)), widths
         except ClipkitError as error:
-            seen = error
-    seen = next(found for found in dist.gather_objects(seen) if found is not None)
+            return error
+
+    outcomes = dist.gather_objects(while_others_wait(survey))
+    seen = next(found for found in outcomes if found is not None)
     if isinstance(seen, ClipkitError):
         raise seen
     if not seen[0]:

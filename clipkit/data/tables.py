@@ -18,6 +18,7 @@ from clipkit.data.shards import Sample, image_extension, normalize_caption, writ
 from clipkit.types import ConfigError, DataError
 
 ARCHIVE = "images.zip"
+TAB_SUFFIXES = (".tsv", ".tab")
 UNREADABLE = (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -83,16 +84,33 @@ def find_root(table: Path, given: Path | None, image: str) -> ImageRoot:
     raise ConfigError(f"{given}: neither a folder nor a zip file", "point --images at the images")
 
 
+def _delimiter(table: Path) -> str:
+    return "\t" if table.suffix.lower() in TAB_SUFFIXES else ","
+
+
+def read_columns(table: Path) -> list[str]:
+    """Returns the names in the first line of a CSV (TSV by its extension); raises DataError."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            return next(csv.reader(stream, delimiter=_delimiter(table)), [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(table, error) from error
+
+
+def _unreadable(table: Path, error: Exception) -> DataError:
+    return DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file")
+
+
 def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
     """Returns the rows of a CSV (TSV by its extension) in order; `columns` must be there.
 
     Raises DataError for an unreadable table, a missing column (with `cure`), a row that does not fit the
     first line, and a table without rows.
     """
-    tabs, rows = table.suffix.lower() in (".tsv", ".tab"), []
+    rows = []
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter="\t" if tabs else ",")
+            reader = csv.DictReader(stream, delimiter=_delimiter(table))
             found = reader.fieldnames or []
             for name in columns:
                 if name not in found:
@@ -107,7 +125,7 @@ def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, 
                     )
                 rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file") from error
+        raise _unreadable(table, error) from error
     if not rows:
         raise DataError(f"{table}: no rows", "add one row per image or caption")
     return rows

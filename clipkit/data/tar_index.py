@@ -129,7 +129,7 @@ def build_index(
     """
     shards = [os.path.abspath(path) for path in paths]
     fingerprints = _fingerprints(shards)
-    name = "clipkit-index-" + hashlib.blake2b("\n".join(shards).encode(), digest_size=8).hexdigest()
+    name = "clipkit-index-" + hashlib.blake2b(os.fsencode("\n".join(shards)), digest_size=8).hexdigest()
     folders = [Path(cache_dir)] if cache_dir else [Path(shards[0]).parent, _user_cache()]
     if not refresh:
         for folder in folders:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipkit.data.order import EpochOrder, Order
+from clipkit.data.rejects import reject
 from clipkit.data.rows import Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample, Unusable, parse_chunk
 from clipkit.data.source import LocalShards
@@ -89,7 +90,7 @@ class WindowReader:
 
     def _reject(self, rejected: tuple[RawSample, int, Unusable], slot: int, substitute: str) -> Reject:
         sample, sample_id, problem = rejected
-        return Reject(sample.key, self._shard(sample_id), problem.reason, problem.detail, slot, substitute)
+        return reject(sample.key, self._shard(sample_id), problem, slot, substitute)
 
     def _shard(self, sample_id: int) -> str:
         return self.index.shards[self.index.locate(sample_id)[0]]

@@ -1,7 +1,7 @@
 """DATA of the evaluation commands: which of the known layouts a path holds.
 
 classification   folder with labels.csv (or the CSV itself) · CLIP_benchmark WebDataset folder ·
-                 ImageFolder root/<class>/<image> · idx files of the MNIST family
+                 ImageFolder root/[split/]<class>/<image> · idx files of the MNIST family
 retrieval        folder with captions.csv (or the CSV itself) · CLIP_benchmark WebDataset folder ·
                  folder of images with same-stem .txt files, one caption per line
 """
@@ -14,6 +14,7 @@ from clipkit.evaluation import folders, shards, tables
 from clipkit.evaluation.sets import ClassificationSet, RetrievalSet
 from clipkit.types import ConfigError
 
+DEFAULT_SPLIT = "test"
 IDX_IMAGES = ("images-idx3-ubyte.gz", "images-idx3-ubyte")
 
 
@@ -32,45 +33,76 @@ def _unknown(path: Path, layouts: str) -> ConfigError:
     return ConfigError(f"{path}: not a layout this command reads", f"it reads {layouts}")
 
 
-def open_classification(data: str | Path, split: str = "test") -> ClassificationSet:
+def _without_splits(path: Path, split: str) -> None:
+    """Refuses a split that a layout without splits cannot have; "test" is what nobody asked for."""
+    if split not in (DEFAULT_SPLIT, path.name):
+        raise ConfigError(
+            f"{path}: has no splits, and the split {split!r} was asked for",
+            f"leave the split out to use all of it, or pass the folder that holds {split!r} as DATA",
+        )
+
+
+def _read_image_folder(path: Path, split: str) -> ClassificationSet:
+    splits = folders.split_folders(path)
+    if not splits:
+        _without_splits(path, split)
+        return folders.read_image_folder(path)
+    if split not in splits:
+        raise ConfigError(
+            f"{path}: no split {split!r} (found: {', '.join(splits)})",
+            f"pass --split {splits[-1]}, or {path / splits[-1]} as DATA",
+        )
+    if not folders.class_folders(path / split):
+        raise _unknown(path / split, "one image folder per class")
+    return folders.read_image_folder(path, split)
+
+
+def open_classification(data: str | Path, split: str = DEFAULT_SPLIT) -> ClassificationSet:
     """Returns the labelled images of `data`, in the order of their table, shards or sorted folders.
 
-    split: the sub-folder to read of a CLIP_benchmark folder. Raises ConfigError when `data` does not exist or
-    is no known layout, DataError when its content is damaged or contradicts itself.
+    split: the sub-folder to read of a CLIP_benchmark folder, or of an ImageFolder whose folders are all named
+    like splits. Raises ConfigError when `data` does not exist, is no known layout or lacks the split,
+    DataError when its content is damaged or contradicts itself.
     """
     path = _existing(data)
     if _is_table(path):
+        _without_splits(path, split)
         return tables.read_labels(path)
     if path.is_dir():
         if (path / "labels.csv").is_file():
+            _without_splits(path, split)
             return tables.read_labels(path / "labels.csv")
         if shards.is_benchmark(path, split):
             return shards.read_classification(path, split)
         if any((path / name).is_file() for name in IDX_IMAGES):
+            _without_splits(path, split)
             return folders.read_idx_folder(path)
         if (path / "captions.csv").is_file():
             raise ConfigError(f"{path}: holds captions, not labels", f"run: clipkit retrieval MODEL {path}")
         if folders.class_folders(path):
-            return folders.read_image_folder(path)
+            return _read_image_folder(path, split)
     raise _unknown(
         path,
         "a folder with labels.csv, a CLIP_benchmark folder (test/nshards.txt), or one image folder per class",
     )
 
 
-def open_retrieval(data: str | Path, split: str = "test") -> RetrievalSet:
+def open_retrieval(data: str | Path, split: str = DEFAULT_SPLIT) -> RetrievalSet:
     """Returns the captioned images of `data`; split and errors as in `open_classification`."""
     path = _existing(data)
     if _is_table(path):
+        _without_splits(path, split)
         return tables.read_captions(path)
     if path.is_dir():
         if (path / "captions.csv").is_file():
+            _without_splits(path, split)
             return tables.read_captions(path / "captions.csv")
         if shards.is_benchmark(path, split):
             return shards.read_retrieval(path, split)
         if (path / "labels.csv").is_file():
             raise ConfigError(f"{path}: holds labels, not captions", f"run: clipkit zeroshot MODEL {path}")
         if folders.has_captions(path):
+            _without_splits(path, split)
             return folders.read_captioned_folder(path)
     raise _unknown(
         path,

@@ -144,7 +144,8 @@ def _collect(parts: list[Tensor], rows: int, world: World) -> Tensor:
     local = torch.cat(parts)
     if world.size > 1:
         local = gather_rows(local)
-    return local[:rows]
+    # Scores, ranks and probes are computed in float64, which Metal does not have.
+    return local[:rows].cpu() if local.device.type == "mps" else local[:rows]
 
 
 def _at_least_fp32(embeddings: Tensor) -> Tensor:
@@ -164,6 +165,7 @@ def embed_images(
 ) -> Tensor:
     """Returns the embeddings of all images in order, (N, D), at least fp32, the same on every rank.
 
+    They lie where the model puts them, those of an Apple GPU on the CPU.
     workers: decoding processes per rank. Raises DataError, on every rank, naming an unreadable image.
     """
     world = world or World()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,31 @@ from clipkit.types import DataError
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".jp2", ".jfif")
 
 
+# Names that folders of a layout with splits have, and classes do not.
+SPLITS = ("train", "val", "valid", "validation", "test")
+
+
+def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yields the files below folder, links to folders followed unless they lead back to one `above`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            seen = [entry for entry in found if not entry.name.startswith(".")]
+        folders = [folder / entry.name for entry in seen if entry.is_dir()]
+        yield from [folder / entry.name for entry in seen if entry.is_file()]
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be read ({error.strerror})", "check its permissions and its links"
+        ) from error
+    for below in folders:
+        yield from _files(below, above | {real})
+
+
 def _image_files(root: Path) -> list[Path]:
     """Returns the images below root, sorted by path; hidden files and folders are no data."""
-    files = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
+    files = sorted(_files(root))
     for path in files:
         if path.suffix.lower() in FOREIGN_SUFFIXES:
             raise DataError(
@@ -57,13 +77,19 @@ def _folder_names(root: Path, folders: tuple[str, ...], wordnet: bool) -> tuple[
     return tuple(name if wordnet else name.replace("_", " ") for name in known)
 
 
-def read_image_folder(root: Path) -> ClassificationSet:
-    """Returns the set of root/<class>/**/<image>: labels count the class folders in sorted order.
+def split_folders(root: Path) -> tuple[str, ...]:
+    """Returns the splits of root/<split>/<class>/**/<image>; none where a folder has another name."""
+    names = tuple(path.name for path in class_folders(root))
+    return names if all(name in SPLITS for name in names) else ()
+
+
+def read_image_folder(root: Path, split: str | None = None) -> ClassificationSet:
+    """Returns the set of root/[split/]<class>/**/<image>: labels count the class folders in sorted order.
 
     Folders named by WordNet ids (n01440764) get open_clip's ImageNet class names. classnames.txt or
     classnames.json in root names the classes otherwise; a wrong number or order is a DataError.
     """
-    classes = class_folders(root)
+    classes = class_folders(root if split is None else root / split)
     folders = tuple(path.name for path in classes)
     wordnet = all(WORDNET_ID.fullmatch(folder) for folder in folders)
     files = [_image_files(path) for path in classes]
@@ -75,13 +101,14 @@ def read_image_folder(root: Path) -> ClassificationSet:
     return ClassificationSet(
         name=root.absolute().name,
         kind="imagefolder",
-        source=str(root),
+        source=str(root if split is None else root / split),
         images=FileImages([path for found in files for path in found]),
         labels=np.repeat(np.arange(len(files), dtype=np.int64), [len(found) for found in files]),
         names=_folder_names(root, folders, wordnet),
         templates=own_templates(root),
         folders=folders,
         wordnet=wordnet,
+        split=split,
     )
 
 

@@ -188,8 +188,6 @@ def probe_features(
 
 def _features(model: Encoder, dataset: ClassificationSet, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     features = embed_images(model, dataset.images, **options)
-    if features.device.type == "mps":  # Metal has no float64
-        features = features.cpu()
     check_embeddings(features, "image", dataset.images.name)
     return features, torch.from_numpy(dataset.labels).to(features.device)
 
@@ -197,10 +195,17 @@ def _features(model: Encoder, dataset: ClassificationSet, options: dict[str, Any
 def open_probed(data: str | Path) -> tuple[ClassificationSet, ClassificationSet | None]:
     """Returns (the rows to test, the rows to fit on); None for the latter: folds of the former.
 
-    Raises ConfigError and DataError as `open_classification` does, DataError for a single class.
+    Raises ConfigError and DataError as `open_classification` does, DataError for a single class and for
+    splits with different class folders.
     """
     tested = open_classification(data, "test")
     trained = open_classification(data, "train") if tested.split is not None and _has_train(data) else None
+    if trained is not None and trained.folders != tested.folders:
+        # Labels count the folders of a split: one that is missing shifts all that follow.
+        raise DataError(
+            f"{trained.source} and {tested.source} have different class folders",
+            "give both splits the same class folders",
+        )
     if len(set(tested.labels.tolist())) < 2:
         raise DataError(f"{tested.source}: only one class", "probe a set with at least two classes")
     return tested, trained

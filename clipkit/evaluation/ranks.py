@@ -21,8 +21,6 @@ BLOCK_ENTRIES = 1 << 22  # scores held at a time: 32 MiB of float64
 
 def on_grid(embeddings: Tensor) -> Tensor:
     """Returns the rows (N, D) as float64 unit vectors whose entries are multiples of 2^-25."""
-    if embeddings.device.type == "mps":  # Metal has no float64
-        embeddings = embeddings.cpu()
     return torch.round(functional.normalize(embeddings.to(torch.float64), dim=-1) * GRID) / GRID
 
 

@@ -11,6 +11,7 @@ uses str.splitlines, which also cuts at U+2028, U+0085 and other characters insi
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ def is_benchmark(path: Path, split: str) -> bool:
 def _shard_paths(folder: Path) -> list[Path]:
     counter = folder / "nshards.txt"
     try:
-        number = int(counter.read_text(encoding="utf-8").strip())
+        number = int(counter.read_text(encoding="utf-8-sig").strip())
     except FileNotFoundError as error:
         raise DataError(f"{counter}: missing", "write the number of shards into it") from error
     except (OSError, ValueError) as error:
@@ -136,14 +137,14 @@ def _images(paths: list[Path], samples: Mapping[str, _Sample]) -> TarImages:
 
 def _dataset_type(root: Path) -> str:
     file = root / "dataset_type.txt"
-    return file.read_text(encoding="utf-8").strip().lower() if file.is_file() else "classification"
+    return file.read_text(encoding="utf-8-sig").strip().lower() if file.is_file() else "classification"
 
 
 def _label(content: bytes | None, where: str) -> int:
     if content is None:
         raise DataError(f"{where} has no member .cls", "every sample needs KEY.cls, a number from 0")
     try:
-        return int(content.decode("ascii").strip())
+        return int(content.removeprefix(BOM_UTF8).decode("ascii").strip())
     except (UnicodeDecodeError, ValueError) as error:
         raise DataError(f"{where}: .cls holds no number", "write the class number, counted from 0") from error
 
@@ -180,7 +181,7 @@ def read_classification(path: Path, split: str) -> ClassificationSet:
 
 def _captions(content: bytes | None, where: str) -> list[str]:
     try:
-        lines = (content or b"").decode("utf-8").split("\n")
+        lines = (content or b"").decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: .txt is not UTF-8 ({error})", "write captions as UTF-8") from error
     return lines[:-1] if not lines[-1].strip() else lines

@@ -18,12 +18,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(device: str) -> torch.device:
-    """Returns the device named, or for "auto" the best present: cuda, mps, cpu."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Returns the device named, or for "auto" the best present: cuda, mps, cpu.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    # torch raises a type of its own for every backend, AssertionError for one it was built without.
+    except Exception:
+        present = _devices_present()
+        if device in present or f"{device}:0" in present:
+            raise
+        raise ConfigError(
+            f"there is no device {device!r} on this machine", f"use auto or one of {', '.join(present)}"
+        ) from None
+    return found
+
+
+def _devices_present() -> list[str]:
+    cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["cpu", *cards, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 class Model:

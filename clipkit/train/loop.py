@@ -26,6 +26,8 @@ from clipkit.train.watch import Watch
 from clipkit.types import Batch, ClipkitError, Reject
 
 MAX_FAILED_SAVES = 3
+# A loss scale that starts at 2^16 may halve some twenty times before the first gradient fits into fp16.
+MAX_SKIPPED_STEPS = 50
 
 
 class Interrupted(ClipkitError):
@@ -62,6 +64,7 @@ class Loop:
     signals: StopSignals
     clock: Clock = field(default_factory=Clock)
     failed_saves: int = 0
+    skipped_in_a_row: int = 0  # of this process: a resumed run counts anew
     saved_at: float = field(default_factory=time.monotonic)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     watch: Watch = field(init=False)
@@ -111,10 +114,12 @@ class Loop:
         )
         if result.taken:
             run.bare.after_step(state.step, state.step / run.total_steps)
-        elif run.accelerator.scaler is None:
-            self._refuse_non_finite(result, batch)
+            self.skipped_in_a_row = 0
         else:
             state.skipped += 1
+            self.skipped_in_a_row += 1
+            if run.accelerator.scaler is None or self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                self._refuse_non_finite(result, batch)
         state.step += 1
         state.samples += config.data.batch_size
         self.clock.samples += config.data.batch_size
@@ -124,14 +129,21 @@ class Loop:
         bad = [name for name, value in result.terms.items() if not math.isfinite(float(value))]
         named = f"the terms {', '.join(bad)} are" if bad else "the gradient is"
         keys = ", ".join(batch.keys[:5])
+        cause = f"{named} not finite at step {self.state.step} (samples {keys}, ...); no weights were changed"
+        precision = ""
+        if self.run.accelerator.scaler is not None:
+            cause += f" in the last {self.skipped_in_a_row} steps"
+            precision = "set run.precision to bf16 or fp32, "
         raise ClipkitError(
-            f"{named} not finite at step {self.state.step} (samples {keys}, ...); no weights were changed",
-            "lower optim.lr or lengthen optim.warmup, then run again: the last checkpoint is intact",
+            cause,
+            f"{precision}lower optim.lr or lengthen optim.warmup, in another run.dir: "
+            "the last checkpoint of this one is intact",
         )
 
     def _log(self, result: StepResult, batch: Batch) -> None:
         state, run = self.state, self.run
-        if result.seen:
+        # Embeddings that are not finite have no spectrum to look at.
+        if result.seen and result.taken:
             self.watch.look(state.step, batch, result.seen, result.terms, self.trained)
         if state.step % run.config.run.log_every and state.step < run.total_steps:
             return

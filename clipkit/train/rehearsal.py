@@ -40,7 +40,7 @@ def tensor_bytes(tensors: Any) -> int:
 
 
 def rehearse(run: Run) -> dict[str, Any]:
-    """Runs a few real steps and returns the cost of the whole run; writes nothing.
+    """Runs a few real steps and returns the cost of the whole run; writes no files.
 
     samples_per_s and seconds_left come from the steps after the first; memory is the peak of this
     process in bytes (on CUDA: of the device).

@@ -29,7 +29,8 @@ def find_checkpoint(config: Config, folder: Path, store: CheckpointStore, resume
     """Returns the checkpoint to continue from, or None for a new run; all ranks call it.
 
     Raises ConfigError when the directory, or the run that a path points into, belongs to another
-    configuration (naming the keys) or, with resume "never", when the directory holds a checkpoint.
+    configuration (naming the keys), with or without a checkpoint, or, with resume "never", when the directory
+    holds a checkpoint.
     """
     if resume not in ("auto", "never"):
         named = store.open(Path(resume))
@@ -38,9 +39,7 @@ def find_checkpoint(config: Config, folder: Path, store: CheckpointStore, resume
             check_same_run(config, run)
         return named
     found = store.newest()
-    if found is None:
-        return None
-    if resume == "never":
+    if found is not None and resume == "never":
         raise ConfigError(
             f"{folder} already holds a checkpoint of step {found.step}",
             "choose another run.dir, or remove that directory, or continue with --resume auto",

@@ -110,8 +110,8 @@ def step(
     """Changes the weights by one optimizer step over the global batch; returns what it found.
 
     `learner` is the prepared module, `batch` holds this rank's rows. The caller runs `after_step` when the
-    step was taken (fp16 skips steps whose scaled gradient overflows). `inspect` adds the embeddings and, per
-    term, "gradient/<label>"; it changes nothing of the step.
+    step was taken: its gradient was finite (under fp16 one that is not lowers the loss scale). `inspect` adds
+    the embeddings and, per term, "gradient/<label>"; it changes nothing of the step.
     """
     if micro_batch is not None and micro_batch < len(batch):
         outputs = cached_backward(learner, accelerator, batch, progress, micro_batch, inspect)
@@ -120,12 +120,12 @@ def step(
     limit = float("inf") if clip_norm is None else clip_norm
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, limit)
-    scaled = accelerator.scaler is not None
-    # Weights must not swallow a NaN; with a loss scaler an overflow is normal and the scaler skips it.
-    finite = scaled or bool(torch.isfinite(norm))
-    if finite:
+    # The norm, not `optimizer_step_was_skipped`: a fused optimizer skips inside its kernel, unseen.
+    taken = bool(torch.isfinite(norm))
+    if taken:
         optimizer.step()
-    taken = finite and not (scaled and accelerator.optimizer_step_was_skipped)
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     seen = {name[10:]: x for name, x in outputs.items() if name.startswith("embedding.")}
     terms = {name: x.detach() for name, x in outputs.items() if not name.startswith("embedding.")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -374,6 +375,21 @@ def _rank_error(rank: int, world_size: int, shards: str) -> str:
     with pytest.raises(DataError, match=r"00001\.tar") as caught:
         stream(shards, 6, World(rank, world_size))
     return type(caught.value).__name__
+
+
+def test_names_that_are_not_utf8_are_recorded_in_plain_text(tmp_path: Path) -> None:
+    """Strict UTF-8 files hold the rejects; a name with other bytes would stop the run at every resume."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for name in ("indexed.tar", "streamed.tar.gz"):
+        bad = os.fsdecode(b"b\xe9d")
+        members = [(f"{bad}.png", b"no image"), (f"{bad}.txt", b"caption")]
+        folder.mkdir(exist_ok=True)
+        shard = write_tar(folder / name, [good(0), members, good(2)], "w:gz" if name.endswith("gz") else "w")
+        rejects = [found for batch in take(stream(str(shard), 3), 0, 1) for found in batch.rejects]
+        assert [found.key for found in rejects] == ["b\\udce9d"], name
+        for found in rejects:
+            assert "caf\\udce9" in found.shard
+            json.dumps(vars(found), ensure_ascii=False).encode()
 
 
 # The budget of rejects.

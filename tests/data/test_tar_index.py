@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,24 @@ def test_expanding_specifications(tmp_path: Path) -> None:
         "s2.tar",
         "s10.tar",
     ]
+
+
+def test_names_with_brackets_and_odd_digits(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "a[1]", [1, 1])
+    names = [str(folder / f"{n:05d}.tar") for n in range(2)]
+    assert expand_shards(f"{folder}/{{00000..00001}}.tar") == names
+    for name in ("1²3.tar", "1²2.tar"):
+        shutil.copy(names[0], tmp_path / name)
+    assert [Path(name).name for name in expand_shards(str(tmp_path / "*.tar"))] == ["1²2.tar", "1²3.tar"]
+
+
+def test_long_lists_are_checked_for_repeats_in_no_time() -> None:
+    names = [f"{number}.tar" for number in range(30_000)]
+    before = time.process_time()
+    assert expand_shards(names) == names
+    with pytest.raises(DataError, match=r"twice: 7\.tar\n"):
+        expand_shards([*names, "7.tar"])
+    assert time.process_time() - before < 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -55,3 +57,36 @@ class Projection:
         """Returns unit rows of character codes."""
         self.text_shapes.append(tuple(tokens.shape))
         return self._disturbed(torch.sin(tokens.float()) @ self.text_weight)
+
+
+class OnMetal(Tensor):
+    """A tensor on an Apple GPU, as far as evaluation notices: without float64, and apart from CPU tensors."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuses what Metal refuses."""
+        if func is Tensor.cpu:
+            return args[0].as_subclass(Tensor)
+        if any(x is torch.float64 for x in args) or func is Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if any(isinstance(x, Tensor) and not isinstance(x, cls) for x in args):
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class MetalProjection(Projection):
+    """A Projection that computes on an Apple GPU."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Returns unit rows of uint8 images."""
+        return super().encode_image(images).as_subclass(OnMetal)
+
+    def encode_image_trunk(self, images: Tensor) -> Tensor:
+        """Returns unit rows of uint8 images."""
+        return self.encode_image(images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Returns unit rows of character codes."""
+        return super().encode_text(tokens).as_subclass(OnMetal)

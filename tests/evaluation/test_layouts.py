@@ -176,6 +176,16 @@ def test_benchmark_captions_split_at_line_feeds_only(tmp_path: Path) -> None:
     assert len(dataset.images) == 5
 
 
+def test_byte_order_marks_are_no_content(tmp_path: Path) -> None:
+    mark = "\ufeff"
+    samples = [{"png": image_bytes(0), "txt": f"{mark}a red kite\nred".encode(), "cls": f"{mark}0".encode()}]
+    root = benchmark_shards(tmp_path / "set", samples, 1, classnames="ant\n")
+    (root / "test/nshards.txt").write_text(f"{mark}1\n", encoding="utf-8")
+    assert open_classification(root).labels.tolist() == [0]
+    (root / "dataset_type.txt").write_text(f"{mark}retrieval\n", encoding="utf-8")
+    assert open_retrieval(root).captions == ("a red kite", "red")
+
+
 def test_image_members_are_chosen_in_the_order_of_clip_benchmark(tmp_path: Path) -> None:
     sample = {extension: image_bytes(0, "PNG") for extension in ("jpeg", "jpg", "png", "webp")} | {
         "cls": b"0"
@@ -293,6 +303,44 @@ def test_image_folder_errors(tmp_path: Path) -> None:
     (root / "a" / "0.tiff").unlink()
     (root / "a" / "0.png").unlink()
     refused(root, DataError, "without images")
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    image_folder(tmp_path / "elsewhere", {"more": 2})
+    root = image_folder(tmp_path / "set", {"b": 1, "a": 1})
+    (root / "a" / "x").symlink_to(tmp_path / "elsewhere" / "more")
+    (root / "b" / "up").symlink_to(root / "b")
+    (tmp_path / "elsewhere" / "more" / "back").symlink_to(root / "a")
+    dataset = open_classification(root)
+    found = [dataset.images.name(row) for row in range(len(dataset.images))]
+    assert found == [str(root / name) for name in ("a/0.png", "a/x/0.png", "a/x/1.png", "b/0.png")]
+
+
+def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", {"train/a": 1, "train/b": 2, "val/a": 2, "val/b": 1})
+    with pytest.raises(ConfigError, match=r"no split 'test' \(found: train, val\)") as caught:
+        open_classification(root)
+    assert "--split val" in caught.value.cure
+    for split, labels in (("train", [0, 1, 1]), ("val", [0, 0, 1])):
+        dataset = open_classification(root, split)
+        assert (dataset.name, dataset.split, dataset.names) == ("set", split, ("a", "b"))
+        assert dataset.labels.tolist() == labels
+        assert open_classification(root / split).labels.tolist() == labels
+    (root / "test").mkdir()
+    refused(root, ConfigError, "test: not a layout")
+    (root / "c").mkdir()
+    refused(root, DataError, "without images")
+
+
+def test_a_split_that_a_layout_lacks_is_refused(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "folder" / "val", {"a": 1, "b": 1})
+    table = labelled_csv(tmp_path / "labels", 3, NAMES)
+    assert open_classification(folder, "val").labels.tolist() == [0, 1]
+    for data in (folder, table, table / "labels.csv"):
+        with pytest.raises(ConfigError, match="has no splits, and the split 'train' was asked for"):
+            open_classification(data, "train")
+    with pytest.raises(ConfigError, match="has no splits"):
+        open_retrieval(captioned_csv(tmp_path / "captions", [["a"]]), "train")
 
 
 def test_wordnet_folders_get_open_clips_names_and_templates(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,22 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.cli import main
-from clipkit.evaluation.datasets import open_classification
 from clipkit.evaluation.probe import (
     FOLDS,
     NEIGHBOURS,
     LinearFit,
-    _features,
     folds_of,
     knn_probe,
     linear_probe,
+    open_probed,
+    probe,
     probe_features,
 )
-from tests.evaluation.encoders import Projection
-from tests.evaluation.layouts import labelled_csv
+from clipkit.evaluation.retrieval import retrieval
+from clipkit.evaluation.zero_shot import zero_shot
+from clipkit.types import DataError
+from tests.evaluation.encoders import MetalProjection, Projection
+from tests.evaluation.layouts import captioned_csv, image_bytes, labelled_csv
 from tests.train.runs import train, values
 
 
@@ -117,19 +121,27 @@ def test_the_command_probes_a_run(
     assert "20 images, 2 classes, 32 features" in out
 
 
-def test_features_on_a_device_without_float64_are_moved_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = torch.randn(8, 4)
+def test_a_split_is_fitted_on_train_and_tested_on_test(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for split, classes in (("train", "ab"), ("test", "ab")):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "0.png").write_bytes(image_bytes(0))
+    tested, trained = open_probed(root)
+    assert trained is not None
+    assert (tested.split, trained.split) == ("test", "train")
+    shutil.rmtree(root / "test" / "a")
+    (root / "test" / "c").mkdir()
+    (root / "test" / "c" / "0.png").write_bytes(image_bytes(0))
+    with pytest.raises(DataError, match="different class folders"):
+        open_probed(root)
 
-    class OnMetal:
-        device = torch.device("mps")
 
-        def cpu(self) -> torch.Tensor:
-            return rows
-
-    monkeypatch.setattr("clipkit.evaluation.probe.embed_images", lambda *_, **__: OnMetal())
-    dataset = open_classification(labelled_csv(tmp_path / "set", 8, ["a", "b"]))
-    features, labels = _features(Projection(), dataset, {})
-    assert features is rows
-    assert labels.device.type == "cpu"
+def test_an_apple_gpu_gives_the_numbers_of_a_cpu(tmp_path: Path) -> None:
+    labelled = labelled_csv(tmp_path / "labelled", 20, ["a", "b"])
+    captioned = captioned_csv(tmp_path / "captioned", [[f"a picture {n}"] for n in range(8)])
+    metal, cpu = MetalProjection(), Projection()
+    cpu.encode_image_trunk = cpu.encode_image  # type: ignore[attr-defined]
+    assert probe(metal, labelled)["metrics"] == probe(cpu, labelled)["metrics"]  # type: ignore[arg-type]
+    assert zero_shot(metal, labelled)["metrics"] == zero_shot(cpu, labelled)["metrics"]
+    assert retrieval(metal, captioned)["metrics"] == retrieval(cpu, captioned)["metrics"]

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.models import Model, build
+from clipkit.models.model import choose_device
 from clipkit.types import ConfigError
 from tests.models.test_towers import model_cfg
 
@@ -46,3 +47,18 @@ def test_precision_is_stated_and_checked() -> None:
         Model(towers, resized, "cpu", "fp16")
     with pytest.raises(ConfigError, match="precision"):
         Model(towers, resized, "cpu", "int4")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", "meta:q"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"no device '{device}'") as caught:
+        choose_device(device)
+    assert caught.value.exit_code == 2
+    assert "cpu" in caught.value.cure
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
+def test_cuda_on_a_machine_without_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no device 'cuda'"):
+        choose_device("cuda")

@@ -119,6 +119,29 @@ def test_a_named_checkpoint_of_another_configuration_is_refused(tiny_shards: Pat
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_without_a_checkpoint_starts_again_and_is_not_overwritten(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    config = values(tiny_shards, tmp_path / "run", run__steps=4, run__checkpoint_every=100)
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("clipkit.train.loop.save", die)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    assert lines(tmp_path / "run" / "metrics.jsonl") >= 3
+    other = values(tiny_shards, tmp_path / "run", run__steps=4, run__checkpoint_every=100, optim__lr=0.5)
+    with pytest.raises(ConfigError, match=r"run belongs to a run with other values of optim\.lr"):
+        pretrain(other, resume=resume)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert pretrain(config, resume=resume)["steps"] == 4
+    assert sorted(trace(tmp_path / "run")) == [1, 2, 3, 4]
+
+
 def test_a_named_checkpoint_cuts_the_logs_of_its_own_run_only(tiny_shards: Path, tmp_path: Path) -> None:
     one = values(tiny_shards, tmp_path / "one", run__steps=4, run__checkpoint_every=2)
     pretrain(one)

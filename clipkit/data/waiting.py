@@ -1,0 +1,49 @@
+"""Work of one rank that the others wait for, however long it takes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from clipkit import dist
+
+INTERVAL_S = 10.0  # far below the limit of a collective, which ends a run whose ranks wait in one for longer
+
+Result = TypeVar("Result")
+
+
+def while_others_wait(work: Callable[[], Result]) -> Result:
+    """Returns `work()`; called by all ranks, and returns when the slowest of them is done.
+
+    The ranks meet in short collectives meanwhile, so that no wait reaches their time limit. `work` must not
+    use collectives itself.
+    """
+    if dist.World.current().size == 1:
+        return work()
+    done = threading.Event()
+    failures: list[BaseException] = []
+    # Threads choose their CUDA device on their own, and nccl moves objects through it.
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def meet() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            while not all(dist.gather_objects(done.is_set())):
+                done.wait(INTERVAL_S)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    try:
+        result = work()
+    finally:
+        done.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+    return result
