@@ -170,8 +170,8 @@ def test_ranks_equal_one_process(run_ranks: Any, world: int, objective: str) -> 
 
 
 SHAPES = [(1, 6), (1, 3), (1, 5), (2, 3), (3, 2)]
-# The whole grid where something is particular to an objective, two shapes for the others.
-MICRO = [(*shape, label) for label in LABELS for shape in (SHAPES if label in STATEFUL else SHAPES[2:4])]
+# The whole grid where something is particular to an objective, ranks and micro-batches for the others.
+MICRO = [(*shape, label) for label in LABELS for shape in (SHAPES if label in STATEFUL else SHAPES[3:4])]
 
 
 @pytest.mark.parametrize(("world", "micro", "objective"), MICRO)
