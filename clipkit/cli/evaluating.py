@@ -43,7 +43,9 @@ DataName = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Write the result as JSON; - prints only the JSON.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass and process.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images, per process.")]
-Split = Annotated[str, typer.Option(help="Split of a data set that has several.")]
+Split = Annotated[
+    str, typer.Option(help="Split of a CLIP_benchmark folder or of an ImageFolder (DATA/test/CLASS/IMAGE).")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Number format of the towers.")]
 WeightsOption = Annotated[Weights, typer.Option(help="Weights of a run directory.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,11 @@ def class_folders(root: Path) -> list[Path]:
     )
 
 
-def _folder_names(root: Path, folders: tuple[str, ...], wordnet: bool) -> tuple[str, ...]:
-    """Returns class names: classnames.txt/.json in root, ImageNet's for WordNet ids, else the folders'."""
+def _folder_names(root: Path, split: str, folders: tuple[str, ...], wordnet: bool) -> tuple[str, ...]:
+    """Returns class names: classnames.txt/.json of the split or root, else ImageNet's, else the folders'."""
     known = tuple(wordnet_names().get(folder, folder) if wordnet else folder for folder in folders)
-    for file in (root / "classnames.txt", root / "classnames.json"):
-        if file.is_file():
+    for place, name in product((root / split, root), ("classnames.txt", "classnames.json")):
+        if (file := place / name).is_file():
             names = read_classnames(file, folders)
             check_count(names, len(folders), str(file), str(root))
             check_order(names, known, str(file))
@@ -87,7 +88,7 @@ def read_image_folder(root: Path, split: str | None = None) -> ClassificationSet
     """Returns the set of root/[split/]<class>/**/<image>: labels count the class folders in sorted order.
 
     Folders named by WordNet ids (n01440764) get open_clip's ImageNet class names. classnames.txt or
-    classnames.json in root names the classes otherwise; a wrong number or order is a DataError.
+    classnames.json in the split, or in root, names them otherwise; a wrong number or order is a DataError.
     """
     classes = class_folders(root if split is None else root / split)
     folders = tuple(path.name for path in classes)
@@ -104,7 +105,7 @@ def read_image_folder(root: Path, split: str | None = None) -> ClassificationSet
         source=str(root if split is None else root / split),
         images=FileImages([path for found in files for path in found]),
         labels=np.repeat(np.arange(len(files), dtype=np.int64), [len(found) for found in files]),
-        names=_folder_names(root, folders, wordnet),
+        names=_folder_names(root, split or "", folders, wordnet),
         templates=own_templates(root),
         folders=folders,
         wordnet=wordnet,

@@ -163,6 +163,8 @@ class Loop:
             record["accuracy"] = accuracies[0]
         if run.bare.towers.logit_bias is not None:
             record["logit_bias"] = float(run.bare.towers.logit_bias.detach())
+        if run.accelerator.scaler is not None:
+            record["skipped"] = state.skipped
         self.log.step(record)
         self.watch.record(state.step, record)
 

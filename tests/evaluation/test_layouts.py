@@ -368,6 +368,16 @@ def test_unknown_wordnet_ids_need_names(tmp_path: Path) -> None:
     refused(root, DataError, "n01440764")
 
 
+def test_classnames_of_a_split_come_before_those_of_the_root(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        image_folder(tmp_path / "set" / split, {"a": 1, "b": 1})
+    (tmp_path / "set/classnames.txt").write_text("ant\nbee\n")
+    assert open_classification(tmp_path / "set").names == ("ant", "bee")
+    (tmp_path / "set/test/classnames.txt").write_text("asp\nboa\n")
+    assert open_classification(tmp_path / "set").names == ("asp", "boa")
+    assert open_classification(tmp_path / "set", "train").names == ("ant", "bee")
+
+
 def test_captioned_folder(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set", {"x": 3})
     refused(root, ConfigError, "not a layout", retrieval=True)

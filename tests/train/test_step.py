@@ -18,7 +18,7 @@ from clipkit.learner import Learner
 from clipkit.train import loop, pretrain
 from clipkit.train.setup import make_accelerator
 from clipkit.types import ClipkitError
-from tests.train.runs import values
+from tests.train.runs import columns, values
 
 Scaled = Callable[[float], None]
 
@@ -60,6 +60,8 @@ def test_a_step_that_overflows_is_counted_and_nothing_else_moves(
     assert found is not None
     trainer = found.document("trainer")
     assert trainer["skipped"] == followed[0] > 0
+    first = followed[0]
+    assert columns(tmp_path / "run")["skipped"] == [*range(1, first), *[first] * (17 - first)]
     assert trainer["scaler"]["scale"] == 2.0 ** (124 - followed[0])
     assert all(bool(x.isfinite().all()) for x in found.tensors("model").values() if x.is_floating_point())
 
