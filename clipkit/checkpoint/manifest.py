@@ -8,17 +8,22 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+# Tensors that never change in a run lie beside its checkpoints, named by what they hold.
+_FIXED = re.compile(r"\.\./([a-z0-9_]+)-[0-9a-f]{16}\.safetensors")
 
 # Dtypes that torch can compare on every device; the narrower floats hold no weights of a training run.
 _CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -87,10 +92,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     mode = path.stat().st_mode & 0o7777
     save_file(on_host(tensors), path, metadata={"format": "pt"})
     path.chmod(mode)
+    return record_of(path)
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """Makes a file durable and returns its record."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
+
+
+def fixed_name(stem: str, tensors: Mapping[str, Tensor]) -> str:
+    """Returns the name, relative to a checkpoint, of the file that holds these tensors for a whole run."""
+    digest = hashlib.sha256()
+    for name, x in sorted(on_host(tensors).items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"../{stem}-{digest.hexdigest()[:16]}.safetensors"
+
+
+def holds(path: Path, stem: str) -> bool:
+    """Returns whether a file of fixed tensors is there and holds what its name says."""
+    try:
+        return path.is_file() and fixed_name(stem, load_file(path)) == f"../{path.name}"
+    except (OSError, SafetensorError):
+        return False
+
+
+def fixed_stem(name: str) -> str | None:
+    """Returns the stem of a file of fixed tensors, None for the name of any other file."""
+    match = _FIXED.fullmatch(name)
+    return match[1] if match else None
 
 
 @functools.cache
@@ -161,7 +194,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("sha256") != _own_hash(manifest):
         raise Defect(f"{MANIFEST} was changed after it was written (its own hash differs)")
     well_formed = all(isinstance(manifest.get(key), kind) for key, kind in _KEYS.items())
-    if not well_formed or any(Path(name).name != name for name in manifest["files"]):
+    if not well_formed or any(Path(n).name != n and fixed_stem(n) is None for n in manifest["files"]):
         raise Defect(f"{MANIFEST} is not that of a checkpoint")
     return manifest
 
@@ -180,6 +213,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = Tru
                 if digest != record["sha256"]:
                     raise Defect(f"{name} was changed after it was written (sha256 differs)")
         except FileNotFoundError:
-            raise Defect(f"{name} is missing") from None
+            where = "" if fixed_stem(name) is None else " (it lies beside the checkpoints of its run)"
+            raise Defect(f"{Path(name).name} is missing{where}") from None
         except OSError as error:
             raise Defect(f"{name} cannot be read ({error.strerror})") from error

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipkit.checkpoint.manifest import Defect, check_files, read_manifest
+from clipkit.checkpoint.manifest import Defect, check_files, fixed_stem, read_manifest
 from clipkit.types import ClipkitError, ConfigError
 
 LATEST = "latest"
@@ -63,8 +63,12 @@ class Checkpoint:
             raise ClipkitError(f"{path} cannot be read: {error}", cure(self.path)) from error
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """Returns the tensors saved under `stem`, on the CPU."""
-        return self._load(f"{stem}.safetensors")
+        """Returns the tensors saved under `stem`, on the CPU, those that the run keeps once among them."""
+        found = self._load(f"{stem}.safetensors")
+        for name in self.manifest["files"]:
+            if fixed_stem(name) == stem:
+                found |= self._load(name)
+        return found
 
     def rank_tensors(self, rank: int) -> dict[str, Tensor] | None:
         """Returns what rank `rank` saved, or None when the checkpoint was written by fewer ranks."""

@@ -4,6 +4,7 @@
         manifest.json          names, sizes, hashes; written last
     all ranks vote             one failure anywhere: the directory is removed and training goes on
     step-00001200/             one rename, then fsync of the parent, then `latest`, then pruning
+    model-<hash>.safetensors   what never changes in the run, written once, named by every manifest
 
 All ranks call `prepare`, `save`, `newest` and `open` together; rank 0 decides, and every rank gets the same
 answer or the same exception. The folder must be on a file system that all ranks share.
@@ -42,7 +43,7 @@ Records = dict[str, dict[str, Any]]
 
 MIN_KEEP = 2
 FREE_SPACE_FACTOR = 1.2
-_LEFTOVER = re.compile(r"(step-\d{8,}|latest|probe)\.tmp-[0-9a-f]{12}")
+_LEFTOVER = re.compile(r"(step-\d{8,}|latest|probe|[a-z0-9_]+-[0-9a-f]{16}\.safetensors)\.tmp-[0-9a-f]{12}")
 _STEM = re.compile(r"[a-z0-9_]+")
 
 
@@ -70,6 +71,7 @@ class CheckpointStore:
         self.skipped: list[Skipped] = []
         self.warnings: list[str] = []
         self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._fixed: dict[str, tuple[Any, str, dict[str, Any]]] = {}
 
     def prepare(self) -> None:
         """Creates the folder, proves that it can be written to, removes what killed saves left behind.
@@ -117,21 +119,26 @@ class CheckpointStore:
         rank_tensors: StateTensors,
         documents: Mapping[str, Mapping[str, Any]],
         identity: Mapping[str, Any],
+        fixed: Mapping[str, StateTensors] | None = None,
     ) -> Path:
         """Writes, commits and prunes; returns the directory, the same on every rank.
 
-        `tensors` (file stem -> name -> tensor), `documents` (file stem -> JSON) and `identity` count on rank
-        0 only; `rank_tensors` is written by each rank. Raises CheckpointWriteError on every rank alike when
-        any of them failed (disk full, I/O error, values that are not finite); the failed save leaves nothing.
+        `tensors` (file stem -> name -> tensor), `documents` (file stem -> JSON), `identity` and `fixed`, more
+        tensors of those stems that never change in the run and are written once, count on rank 0 only;
+        `rank_tensors` is written by each rank. Raises CheckpointWriteError on every rank alike when any of
+        them failed (disk full, I/O error, values that are not finite); the failed save leaves nothing.
         """
-        main = self.world.is_main
-        size = _size(rank_tensors) + (sum(map(_size, tensors.values())) if main else 0)
+        main, fixed = self.world.is_main, fixed or {}
+        size = _size(rank_tensors)
+        if main:
+            size += sum(_size(state) for state in tensors.values())
+            size += sum(_size(state) for stem, state in fixed.items() if not self._has_fixed(stem, state))
         total = sum(self._share(size))
         temporary = self._vote(step, lambda: self._begin(step, total) if main else None)[0]
         assert temporary is not None
         records: Records = {}
         for written in self._vote(
-            step, lambda: self._write(temporary, tensors, rank_tensors, documents), temporary
+            step, lambda: self._write(temporary, tensors, rank_tensors, documents, fixed), temporary
         ):
             records.update(written)
         committed = self._vote(
@@ -218,12 +225,13 @@ class CheckpointStore:
         tensors: Mapping[str, StateTensors],
         rank_tensors: StateTensors,
         documents: Mapping[str, Mapping[str, Any]],
+        fixed: Mapping[str, StateTensors],
     ) -> Records:
         own = rank_file(self.world.rank)
         records = {own: files.write_tensors(folder / own, rank_tensors)}
         if not self.world.is_main:
             return records
-        for stem in (*tensors, *documents):
+        for stem in (*tensors, *documents, *fixed):
             if not _STEM.fullmatch(stem):
                 raise ValueError(f"{stem!r} is no file stem (lower-case letters, digits, _)")
         for stem, state in tensors.items():
@@ -231,7 +239,31 @@ class CheckpointStore:
             records[f"{stem}.safetensors"] = files.write_tensors(folder / f"{stem}.safetensors", state)
         for stem, document in documents.items():
             records[f"{stem}.json"] = files.write_json(folder / f"{stem}.json", document)
+        for stem, state in fixed.items():
+            name, record = self._write_fixed(stem, state)
+            records[name] = record
         return records
+
+    def _has_fixed(self, stem: str, state: StateTensors) -> bool:
+        """Whether this process has written or checked these very tensors already."""
+        return stem in self._fixed and self._fixed[stem][0] == _marks(state)
+
+    def _write_fixed(self, stem: str, state: StateTensors) -> tuple[str, dict[str, Any]]:
+        """Returns (name relative to a checkpoint, record) of a file of fixed tensors, written if need be."""
+        if not self._has_fixed(stem, state):
+            files.refuse_non_finite(state)
+            name = files.fixed_name(stem, state)
+            path = self.folder / Path(name).name
+            # What lies there is kept: another version of safetensors may write other bytes, and the
+            # checkpoints that name the file know its hash.
+            if not files.holds(path, stem):
+                temporary = path.with_name(f"{path.name}.tmp-{_unique()}")
+                files.write_tensors(temporary, state)
+                os.replace(temporary, path)
+                files.sync_folder(self.folder)
+            self._fixed[stem] = _marks(state), name, files.record_of(path)
+        _, name, record = self._fixed[stem]
+        return name, record
 
     def _commit(self, temporary: Path, step: int, records: Records, identity: Mapping[str, Any]) -> Path:
         for name, record in records.items():
@@ -305,6 +337,11 @@ def _unique() -> str:
 
 def _size(tensors: StateTensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _marks(tensors: StateTensors) -> list[tuple[str, int, int]]:
+    """What changes when a tensor is replaced, or written to in place."""
+    return [(name, x.data_ptr(), x._version) for name, x in tensors.items()]
 
 
 def _fingerprint(folder: Path, records: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:

@@ -44,6 +44,8 @@ def _rehearsal(report: Mapping[str, Any]) -> str:
         ["peak memory", size(report["memory_bytes"])],
         ["checkpoint", f"{size(report['checkpoint_bytes'])}, {report['checkpoints_kept']} kept"],
     ]
+    if report["stored_once_bytes"]:
+        rows.append(["frozen weights", f"{size(report['stored_once_bytes'])}, stored once"])
     # The summary begins like the banner of a run: parameters, data, length, world sizes that can resume.
     return "\n".join([*report["summary"], table(rows)])
 

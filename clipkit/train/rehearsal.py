@@ -11,6 +11,7 @@ import torch
 
 from clipkit import dist
 from clipkit.train.setup import Run
+from clipkit.train.state import divide
 from clipkit.train.step import step
 
 MEASURED_STEPS = 5
@@ -64,7 +65,7 @@ def rehearse(run: Run) -> dict[str, Any]:
     typical = sorted(seconds[1:] or seconds)[len(seconds[1:] or seconds) // 2]
     (slowest,) = dist.agree([typical])
     rate = run.config.data.batch_size / slowest
-    weights = tensor_bytes(run.bare.state_dict().values())
+    moving, fixed = divide(run.bare)
     moments = sum(
         tensor_bytes(x for x in state.values() if isinstance(x, torch.Tensor))
         for state in run.optimizer.state.values()
@@ -77,7 +78,8 @@ def rehearse(run: Run) -> dict[str, Any]:
         "samples_per_s": rate,
         "seconds_left": run.total_steps * slowest,
         "memory_bytes": peak_memory(run.accelerator.device),
-        "checkpoint_bytes": weights + moments,
+        "checkpoint_bytes": tensor_bytes(moving.values()) + moments,
+        "stored_once_bytes": tensor_bytes(fixed.values()),
         "checkpoints_kept": run.config.run.keep_checkpoints,
         "world_sizes": run.stream.world_sizes(),
     }

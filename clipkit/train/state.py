@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from clipkit.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -17,9 +19,11 @@ from clipkit.checkpoint import (
     truncate_logs,
 )
 from clipkit.data.rejects import RejectBudget
+from clipkit.learner import Learner
 from clipkit.train.setup import Run
 from clipkit.types import ConfigError
 
+TOWERS = ("clip.visual.", "clip.text.")
 LOGS = ("metrics.jsonl", "rejects.jsonl")
 
 
@@ -50,16 +54,30 @@ def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudg
         "data": run.stream.state(state.step),
     }
     named = dict(run.bare.named_parameters())
+    moving, fixed = divide(run.bare)
     return store.save(
         state.step,
-        tensors={
-            "model": run.bare.state_dict(),
-            "optimizer": optimizer_tensors(run.optimizer.optimizer, named),
-        },
+        tensors={"model": moving, "optimizer": optimizer_tensors(run.optimizer.optimizer, named)},
+        fixed={"model": fixed} if fixed else {},
         rank_tensors=capture_rng(),
         documents=documents,
         identity={"parameters": sum(p.numel() for p in named.values()), "seed": run.config.run.seed},
     )
+
+
+def divide(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns (what a run changes, what it never changes) of the Learner's state.
+
+    The second are the frozen parameters of the towers and their copies in averages of weights, which stay
+    equal to them bit for bit: a + w * (a - a) = a.
+    """
+    parameters = learner.towers.clip.named_parameters(prefix="clip")
+    frozen = {name for name, x in parameters if not x.requires_grad and name.startswith(TOWERS)}
+    moving: dict[str, Tensor] = {}
+    fixed: dict[str, Tensor] = {}
+    for name, x in learner.state_dict().items():
+        (fixed if name[name.find("clip.") :] in frozen else moving)[name] = x
+    return moving, fixed
 
 
 def belongs(found: Checkpoint, folder: Path) -> bool:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clipkit.checkpoint import CheckpointWriteError
 from clipkit.checkpoint import manifest as manifest_files
 from clipkit.types import ClipkitError, ConfigError
-from tests.checkpoint.children import assert_complete, flip_byte, save, single
+from tests.checkpoint.children import assert_complete, flip_byte, save, single, tensors_of
 
 AWKWARD = {
     "bf16": torch.randn(3, 5).to(torch.bfloat16),
@@ -79,6 +80,45 @@ def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step-00000001\n"
 
 
+def test_what_never_changes_is_written_once_and_outlives_pruning(tmp_path: Path) -> None:
+    store = single(tmp_path)
+    save(store, 1)
+    (shared,) = tmp_path.glob("model-*.safetensors")
+    written = shared.stat()
+    for step in (2, 3, 4):
+        save(store, step)
+    save(single(tmp_path), 5)
+    assert list(tmp_path.glob("model-*.safetensors")) == [shared]
+    assert (shared.stat().st_ino, shared.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert load_file(tmp_path / "step-00000005/model.safetensors").keys() == tensors_of(5)["model"].keys()
+    assert_complete(single(tmp_path), (5,))
+    flip_byte(shared)
+    with pytest.raises(ClipkitError, match=rf"\.\./{shared.name} was changed"):
+        single(tmp_path).newest()
+    shared.unlink()
+    with pytest.raises(ClipkitError, match=rf"{shared.name} is missing \(it lies beside"):
+        single(tmp_path).open(tmp_path / "step-00000005")
+
+
+def test_a_damaged_file_of_what_never_changes_is_written_again(tmp_path: Path) -> None:
+    save(single(tmp_path), 1)
+    (shared,) = tmp_path.glob("model-*.safetensors")
+    shared.write_bytes(shared.read_bytes()[:-8])
+    save(single(tmp_path), 2)
+    assert_complete(single(tmp_path), (2,))
+    single(tmp_path).open(tmp_path / "step-00000001")
+
+
+def test_tensors_that_did_change_after_all_are_not_mistaken(tmp_path: Path) -> None:
+    store, trunk = single(tmp_path), torch.zeros(3)
+    for step in (1, 2):
+        save(store, step, tensors={"model": {}}, fixed={"model": {"trunk": trunk}})
+        found = store.newest()
+        assert found is not None
+        assert torch.equal(found.tensors("model")["trunk"], trunk)
+        trunk += 1
+
+
 def test_mode_bits_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -128,7 +168,7 @@ def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     save(store, 5)
     save(store, 5, documents={"trainer": {"again": True}})
     assert store.newest().document("trainer") == {"again": True}  # type: ignore[union-attr]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+    assert sorted(p.name for p in tmp_path.glob("[ls]*")) == ["latest", "step-00000004", "step-00000005"]
 
 
 def test_after_a_rollback_the_lower_step_is_the_newest(tmp_path: Path) -> None:
@@ -251,7 +291,7 @@ def test_too_little_free_space_is_refused_before_anything_is_written(
     with pytest.raises(CheckpointWriteError, match="MB are wanted"):
         save(store, 2, tensors=state, rank_tensors={})
     assert_complete(store, (1,))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert sorted(p.name for p in tmp_path.glob("[ls]*")) == ["latest", "step-00000001"]
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4800))
     save(store, 2, tensors=state, rank_tensors={})
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import clipkit
 from clipkit.train import pretrain
 from clipkit.types import ConfigError
 from tests.conftest import Ranks
@@ -53,6 +56,36 @@ def test_killed_runs_continue_bit_for_bit(
     assert trace(tmp_path / "broken") == trace(tmp_path / "straight")
     assert len(trace(tmp_path / "straight")) == STEPS
     assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
+
+
+def test_frozen_weights_are_stored_once_and_runs_continue_with_them(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    straight, broken = (values(tiny_shards, tmp_path / name, run__weight_ema=True) for name in ("a", "b"))
+    for config in (straight, broken):
+        config["model"]["image"] = {"freeze": "trunk"}
+        config["objectives"] = [
+            {"name": "clip"},
+            {"name": "moco", "queue": 24, "hidden": 8, "dim": 4},
+        ]
+    Ranks(1, train, straight).values()
+    kill_at(broken, 1, 13)
+    Ranks(1, train, broken).values()
+    assert trace(tmp_path / "b") == trace(tmp_path / "a")
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    newest = sorted((tmp_path / "b/checkpoints").glob("step-*"))[-1]
+    (shared,) = (tmp_path / "b/checkpoints").glob("model-*.safetensors")
+    apart, once = load_file(newest / "model.safetensors"), load_file(shared)
+    assert {name.split(".")[0] for name in once} == {"towers", "ema", "teachers"}
+    assert all(".visual." in name for name in once)
+    assert not apart.keys() & once.keys()
+    for averaged in ("raw", "ema"):
+        model = clipkit.load(tmp_path / "b", weights=averaged)
+        trunk = {
+            name: x for name, x in model.towers.clip.state_dict().items() if f"towers.clip.{name}" in once
+        }
+        assert trunk
+        assert all(torch.equal(x, once[f"towers.clip.{name}"]) for name, x in trunk.items())
 
 
 def test_workers_do_not_change_the_losses(tiny_shards: Path, tmp_path: Path) -> None:
