@@ -125,7 +125,7 @@ def run_ranks_in_processes(world: int, function: Callable[..., Any], *arguments:
     return Ranks(world, function, *arguments).values()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
     """`run_ranks(world, function, *arguments)` -> the value of each rank, from real processes."""
     return run_ranks_in_processes

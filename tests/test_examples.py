@@ -52,8 +52,12 @@ def test_an_own_objective_passes_the_suite_from_its_file(run_ranks: Any) -> None
         assert finding.holds, finding
 
 
-def test_objectives_are_compared_in_one_picture(tmp_path: Path) -> None:
-    found = module("compare_objectives").compare(tmp_path, 5, ["siglip", "simclr"], scenes=200)
+def test_objectives_are_compared_in_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipkit.evaluation.probe.ITERATIONS", 5)  # this is not about accuracy
+    example = module("compare_objectives")
+    example.make_scenes(tmp_path / "data", train=64, evaluation=60, size=32)
+    data = f"{tmp_path}/data/zeroshot_pictogram", f"data.train={tmp_path}/data/train", "data.batch_size=16"
+    found = example.compare(tmp_path, 5, ["siglip", "simclr"], *data)
     assert list(found) == ["pixels", "random", "siglip", "simclr"]
     assert all(0 < row["knn_acc1"] <= 1 for row in found.values())
     assert "zero_shot" in found["siglip"]

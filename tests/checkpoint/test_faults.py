@@ -167,7 +167,11 @@ def test_a_file_size_limit_in_the_middle_of_the_weights(tmp_path: Path) -> None:
         for _ in range(3):
             with pytest.raises(CheckpointWriteError):
                 save(store, 3, tensors={"model": {"w": torch.zeros(200_000)}})
-            assert sorted(p.name for p in folder.glob("[ls]*")) == ["latest", "step-00000001", "step-00000002"]
+            assert sorted(p.name for p in folder.glob("[ls]*")) == [
+                "latest",
+                "step-00000001",
+                "step-00000002",
+            ]
             assert_complete(store, (2,))
         save(store, 4)
         assert_complete(store, (4,))

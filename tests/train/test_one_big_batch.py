@@ -7,6 +7,7 @@ parameter is compared with one process that sees the full batch.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -161,10 +162,22 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             assert worst <= TOLERANCE * size, f"{name}: {worst / size:.1e}"
 
 
+@pytest.fixture(scope="module")
+def one_process(run_ranks: Any) -> Any:
+    """Returns a function from (kind, objective) to the two steps of one process with the full batch."""
+
+    @functools.cache
+    def steps(kind: str, objective: str) -> dict[str, Tensor]:
+        (found,) = run_ranks(1, two_steps, kind, objective, "full", 0)
+        return found
+
+    return steps
+
+
 @pytest.mark.parametrize("objective", LABELS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_equal_one_process(run_ranks: Any, world: int, objective: str) -> None:
-    (expected,) = run_ranks(1, two_steps, "native", objective, "full", 0)
+def test_ranks_equal_one_process(run_ranks: Any, one_process: Any, world: int, objective: str) -> None:
+    expected = one_process("native", objective)
     for found in run_ranks(world, two_steps, "native", objective, "full", 0):
         check_same(found, expected)
 
@@ -175,8 +188,10 @@ MICRO = [(*shape, label) for label in LABELS for shape in (SHAPES if label in ST
 
 
 @pytest.mark.parametrize(("world", "micro", "objective"), MICRO)
-def test_micro_batches_equal_the_full_batch(run_ranks: Any, world: int, micro: int, objective: str) -> None:
-    (expected,) = run_ranks(1, two_steps, "native", objective, "full", 0)
+def test_micro_batches_equal_the_full_batch(
+    run_ranks: Any, one_process: Any, world: int, micro: int, objective: str
+) -> None:
+    expected = one_process("native", objective)
     for found in run_ranks(world, two_steps, "native", objective, "cached", micro):
         check_same(found, expected)
 
