@@ -303,7 +303,10 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(Section):
-    """Length, precision, seed and cadence. Exactly one of samples, epochs and steps."""
+    """Length, precision, seed and cadence. Exactly one of samples, epochs and steps.
+
+    max_skipped_steps: so many in a row end the run; None: 10, under fp16 50.
+    """
 
     dir: Text | None = None
     samples: Count | None = None
@@ -321,6 +324,7 @@ class RunConfig(Section):
     world_size: Count | None = None
     deterministic: bool = False
     threads: Count | None = None
+    max_skipped_steps: Count | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> RunConfig:

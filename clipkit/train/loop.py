@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import signal
 import time
@@ -19,6 +18,7 @@ from clipkit.config import parse_interval
 from clipkit.data.rejects import RejectBudget
 from clipkit.log import RunLog
 from clipkit.train.evaluate import evaluate
+from clipkit.train.guards import Guard
 from clipkit.train.setup import Run
 from clipkit.train.state import TrainState, save
 from clipkit.train.step import StepResult, step
@@ -26,8 +26,6 @@ from clipkit.train.watch import Watch
 from clipkit.types import Batch, ClipkitError, Reject
 
 MAX_FAILED_SAVES = 3
-# A loss scale that starts at 2^16 may halve some twenty times before the first gradient fits into fp16.
-MAX_SKIPPED_STEPS = 50
 
 
 class Interrupted(ClipkitError):
@@ -64,16 +62,17 @@ class Loop:
     signals: StopSignals
     clock: Clock = field(default_factory=Clock)
     failed_saves: int = 0
-    skipped_in_a_row: int = 0  # of this process: a resumed run counts anew
     saved_at: float = field(default_factory=time.monotonic)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     watch: Watch = field(init=False)
+    guard: Guard = field(init=False)
     evaluated_step: int = -1
     evaluated_at: float = field(default_factory=time.monotonic)
     trained: float = 0.0  # seconds of this process in steps and waiting for their data
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.run.bare, self.run.config.data.batch_size, self.log)
+        self.guard = Guard(self.run, self.state, self.log)
 
     def train(self, continue_rng: Callable[[], None]) -> None:
         """Runs from the state's step to the last one; `continue_rng` restores the generators."""
@@ -114,31 +113,11 @@ class Loop:
         )
         if result.taken:
             run.bare.after_step(state.step, state.step / run.total_steps)
-            self.skipped_in_a_row = 0
-        else:
-            state.skipped += 1
-            self.skipped_in_a_row += 1
-            if run.accelerator.scaler is None or self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                self._refuse_non_finite(result, batch)
         state.step += 1
         state.samples += config.data.batch_size
         self.clock.samples += config.data.batch_size
+        self.guard.settle(result, batch)
         return result
-
-    def _refuse_non_finite(self, result: StepResult, batch: Batch) -> None:
-        bad = [name for name, value in result.terms.items() if not math.isfinite(float(value))]
-        named = f"the terms {', '.join(bad)} are" if bad else "the gradient is"
-        keys = ", ".join(batch.keys[:5])
-        cause = f"{named} not finite at step {self.state.step} (samples {keys}, ...); no weights were changed"
-        precision = ""
-        if self.run.accelerator.scaler is not None:
-            cause += f" in the last {self.skipped_in_a_row} steps"
-            precision = "set run.precision to bf16 or fp32, "
-        raise ClipkitError(
-            cause,
-            f"{precision}lower optim.lr or lengthen optim.warmup, in another run.dir: "
-            "the last checkpoint of this one is intact",
-        )
 
     def _log(self, result: StepResult, batch: Batch) -> None:
         state, run = self.state, self.run
@@ -163,7 +142,7 @@ class Loop:
             record["accuracy"] = accuracies[0]
         if run.bare.towers.logit_bias is not None:
             record["logit_bias"] = float(run.bare.towers.logit_bias.detach())
-        if run.accelerator.scaler is not None:
+        if run.accelerator.scaler is not None or state.skipped:
             record["skipped"] = state.skipped
         self.log.step(record)
         self.watch.record(state.step, record)

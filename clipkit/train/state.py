@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,16 @@ LOGS = ("metrics.jsonl", "rejects.jsonl")
 
 @dataclass
 class TrainState:
-    """Where a run stands: optimizer steps taken, samples seen by all ranks, seconds spent training."""
+    """Where a run stands: steps and samples of all ranks, seconds spent training.
+
+    skipped: steps among them whose update was not applied, in all and since the last one that was
+    """
 
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudget) -> Path:
@@ -113,4 +117,7 @@ def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
     budget.load_state(trainer["rejects"])
     if run.world.is_main and belongs(found, run.folder):
         truncate_logs(run.folder, trainer["logs"])
-    return TrainState(**{name: trainer[name] for name in ("step", "samples", "seconds", "skipped")})
+    # Absent in checkpoints that were written before there was such an entry.
+    return TrainState(
+        **{entry.name: trainer[entry.name] for entry in fields(TrainState) if entry.name in trainer}
+    )

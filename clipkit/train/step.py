@@ -7,6 +7,7 @@ arXiv:2101.06983). Plain gradient accumulation would shrink the set of negatives
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from clipkit import dist
 from clipkit.checkpoint import capture_rng, restore_rng
 from clipkit.learner import extras_of, inputs_of
 from clipkit.types import Batch
@@ -24,11 +27,15 @@ from clipkit.types import Batch
 class StepResult:
     """What one step found: named terms (), the gradient norm before clipping, and whether weights moved.
 
-    seen: with `inspect`, this rank's embeddings by name, such as "joint.image" (B, D).
+    loss    the mean over ranks, the same number on every rank
+    finite  whether loss and gradient norm are, on all ranks
+    seen    with `inspect`, this rank's embeddings by name, such as "joint.image" (B, D)
     """
 
     terms: dict[str, Tensor]
     grad_norm: Tensor
+    loss: float
+    finite: bool
     taken: bool
     seen: dict[str, Tensor] = field(default_factory=dict)
 
@@ -110,9 +117,12 @@ def step(
     """Changes the weights by one optimizer step over the global batch; returns what it found.
 
     `learner` is the prepared module, `batch` holds this rank's rows. The caller runs `after_step` when the
-    step was taken: its gradient was finite (under fp16 one that is not lowers the loss scale). `inspect` adds
-    the embeddings and, per term, "gradient/<label>"; it changes nothing of the step.
+    step was taken: loss and gradient are finite on all ranks. Otherwise nothing has changed (under fp16 a
+    gradient that is not finite lowers the loss scale). `inspect` adds the embeddings and, per term,
+    "gradient/<label>"; it changes nothing of the step.
     """
+    statistics = running_statistics(learner)
+    before = [buffer.clone() for buffer in statistics]
     if micro_batch is not None and micro_batch < len(batch):
         outputs = cached_backward(learner, accelerator, batch, progress, micro_batch, inspect)
     else:
@@ -120,13 +130,27 @@ def step(
     limit = float("inf") if clip_norm is None else clip_norm
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, limit)
-    # The norm, not `optimizer_step_was_skipped`: a fused optimizer skips inside its kernel, unseen.
-    taken = bool(torch.isfinite(norm))
-    if taken:
+    # The norm, not `optimizer_step_was_skipped`: a fused optimizer skips inside its kernel, unseen. And the
+    # loss: a value that is not finite can have a finite gradient, and on its own rank alone.
+    own = torch.stack([outputs["loss"].detach().float().reshape(()), norm.detach().float()])
+    # Gathered and added up in rank order: every rank decides on the same bits.
+    losses, norms = dist.gather(own[None]).T.tolist()
+    finite = all(math.isfinite(value) for value in (*losses, *norms))
+    if finite:
         optimizer.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()
+    else:
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
+        with torch.no_grad():
+            for buffer, value in zip(statistics, before, strict=True):
+                buffer.copy_(value)
     optimizer.zero_grad(set_to_none=True)
     seen = {name[10:]: x for name, x in outputs.items() if name.startswith("embedding.")}
     terms = {name: x.detach() for name, x in outputs.items() if not name.startswith("embedding.")}
-    return StepResult(terms, norm.detach(), taken, seen)
+    return StepResult(terms, norm.detach(), sum(losses) / len(losses), finite, finite, seen)
+
+
+def running_statistics(learner: nn.Module) -> list[Tensor]:
+    """Returns the buffers that a forward changes: running means, variances and counts of BatchNorm."""
+    layers = [module for module in learner.modules() if isinstance(module, _BatchNorm) and module.training]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]

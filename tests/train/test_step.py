@@ -15,7 +15,7 @@ from clipkit.checkpoint import CheckpointStore
 from clipkit.dist import World
 from clipkit.export import load
 from clipkit.learner import Learner
-from clipkit.train import loop, pretrain
+from clipkit.train import guards, pretrain
 from clipkit.train.setup import make_accelerator
 from clipkit.types import ClipkitError
 from tests.train.runs import columns, values
@@ -70,7 +70,7 @@ def test_a_run_that_only_overflows_is_stopped(
     tiny_shards: Path, tmp_path: Path, scaled: Scaled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaled(2.0**16)
-    monkeypatch.setattr(loop, "MAX_SKIPPED_STEPS", 6)
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS_FP16", 6)
     config = values(tiny_shards, tmp_path / "run", optim__lr=1e30, run__checkpoint_every=1)
     config["run"]["diagnose_every"] = 1
     with pytest.raises(
