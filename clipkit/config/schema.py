@@ -86,6 +86,11 @@ def _default_workers() -> int:
     return min(2, usable)
 
 
+def _on_spike(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 def _workers(value: Any) -> Any:
     return _default_workers() if value == "auto" else _whole(value)
 
@@ -305,7 +310,9 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """Length, precision, seed and cadence. Exactly one of samples, epochs and steps.
 
-    max_skipped_steps: so many in a row end the run; None: 10, under fp16 50.
+    max_skipped_steps: so many in a row end the run; None: 10, under fp16 50. on_spike: what a step does whose
+    loss leaps (clipkit.train.spikes says when): warn; skip its update; or rollback, to the newest checkpoint
+    and past the batches before the leap.
     """
 
     dir: Text | None = None
@@ -325,6 +332,7 @@ class RunConfig(Section):
     deterministic: bool = False
     threads: Count | None = None
     max_skipped_steps: Count | None = None
+    on_spike: Annotated[Literal["off", "warn", "skip", "rollback"], BeforeValidator(_on_spike)] = "warn"
 
     @model_validator(mode="after")
     def _one_length(self) -> RunConfig:

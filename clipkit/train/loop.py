@@ -19,7 +19,9 @@ from clipkit.data.rejects import RejectBudget
 from clipkit.log import RunLog
 from clipkit.train.evaluate import evaluate
 from clipkit.train.guards import Guard
+from clipkit.train.rollback import roll_back
 from clipkit.train.setup import Run
+from clipkit.train.spikes import Spike
 from clipkit.train.state import TrainState, save
 from clipkit.train.step import StepResult, step
 from clipkit.train.watch import Watch
@@ -77,6 +79,11 @@ class Loop:
     def train(self, continue_rng: Callable[[], None]) -> None:
         """Runs from the state's step to the last one; `continue_rng` restores the generators."""
         self._catch_up()
+        while (spike := self._train(continue_rng)) is not None:
+            continue_rng = self._roll_back(spike)
+
+    def _train(self, continue_rng: Callable[[], None]) -> Spike | None:
+        """Returns None at the last step, or the spike that asks for a rollback before it."""
         run, began, started = self.run, time.perf_counter(), False
         batches = run.stream.batches(self.state.step, run.total_steps)
         asked = time.perf_counter()
@@ -86,16 +93,43 @@ class Loop:
                 # Only now: building iterators and workers draws from the generators.
                 continue_rng()
                 started = True
-            result = self._advance(batch)
-            now = time.perf_counter()
-            self.state.seconds += now - began
-            self.trained += now - asked
-            began = now
-            self._log(result, batch)
+                self._save_to_return()
+            if self.state.step in self.state.passed:
+                self._pass_over()
+            else:
+                result, spike = self._advance(batch)
+                if spike is not None:
+                    return spike
+                now = time.perf_counter()
+                self.state.seconds += now - began
+                self.trained += now - asked
+                began = now
+                self._log(result, batch)
             self._housekeep(batch.rejects)
             asked = time.perf_counter()
+        return None
 
-    def _advance(self, batch: Batch) -> StepResult:
+    def _save_to_return(self) -> None:
+        if self.run.config.run.on_spike == "rollback" and self.store.newest() is None:
+            self._save(must_succeed=True)
+
+    def _roll_back(self, spike: Spike) -> Callable[[], None]:
+        """Goes back to the newest checkpoint; returns what restores its random states."""
+        self.state, kept, continue_rng = roll_back(
+            self.run, self.store, self.state, self.budget, self.log, spike
+        )
+        self.__post_init__()
+        self.evaluated_step = -1 if kept is None else self.state.step
+        self._save(must_succeed=True)
+        self._catch_up()
+        return continue_rng
+
+    def _pass_over(self) -> None:
+        self.state.step += 1
+        self.state.samples += self.run.config.data.batch_size
+        self.state.skipped += 1
+
+    def _advance(self, batch: Batch) -> tuple[StepResult, Spike | None]:
         run, state, config = self.run, self.state, self.run.config
         factor = optim.lr_factor(
             state.step, run.total_steps, run.warmup_steps, config.optim.schedule, config.optim.final_lr
@@ -110,14 +144,14 @@ class Loop:
             micro_batch=run.micro_batch,
             clip_norm=config.optim.clip_norm,
             inspect=(state.step + 1) % config.run.diagnose_every == 0,
+            accept=self.guard.accept,
         )
         if result.taken:
             run.bare.after_step(state.step, state.step / run.total_steps)
         state.step += 1
         state.samples += config.data.batch_size
         self.clock.samples += config.data.batch_size
-        self.guard.settle(result, batch)
-        return result
+        return result, self.guard.settle(result, batch)
 
     def _log(self, result: StepResult, batch: Batch) -> None:
         state, run = self.state, self.run

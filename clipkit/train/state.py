@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ LOGS = ("metrics.jsonl", "rejects.jsonl")
 class TrainState:
     """Where a run stands: steps and samples of all ranks, seconds spent training.
 
-    skipped: steps among them whose update was not applied, in all and since the last one that was
+    skipped    steps among them whose update was not applied, in all and since the last one that was
+    losses     of the last taken steps, means over ranks
+    rollbacks  how often a leap of the loss sent the run back to a checkpoint
+    passed     numbers (from 0) of the global batches that it passes over since
     """
 
     step: int = 0
@@ -39,6 +42,9 @@ class TrainState:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)
+    rollbacks: int = 0
+    passed: list[int] = field(default_factory=list)
 
 
 def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudget) -> Path:

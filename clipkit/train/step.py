@@ -8,6 +8,7 @@ arXiv:2101.06983). Plain gradient accumulation would shrink the set of negatives
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,13 +114,14 @@ def step(
     micro_batch: int | None = None,
     clip_norm: float | None = None,
     inspect: bool = False,
+    accept: Callable[[float], bool] = lambda loss: True,
 ) -> StepResult:
     """Changes the weights by one optimizer step over the global batch; returns what it found.
 
     `learner` is the prepared module, `batch` holds this rank's rows. The caller runs `after_step` when the
-    step was taken: loss and gradient are finite on all ranks. Otherwise nothing has changed (under fp16 a
-    gradient that is not finite lowers the loss scale). `inspect` adds the embeddings and, per term,
-    "gradient/<label>"; it changes nothing of the step.
+    step was taken: loss and gradient are finite on all ranks, and `accept` returned True for the mean loss.
+    Otherwise nothing has changed (under fp16 a gradient that is not finite lowers the loss scale). `inspect`
+    adds the embeddings and, per term, "gradient/<label>"; it changes nothing of the step.
     """
     statistics = running_statistics(learner)
     before = [buffer.clone() for buffer in statistics]
@@ -136,7 +138,9 @@ def step(
     # Gathered and added up in rank order: every rank decides on the same bits.
     losses, norms = dist.gather(own[None]).T.tolist()
     finite = all(math.isfinite(value) for value in (*losses, *norms))
-    if finite:
+    loss = sum(losses) / len(losses)
+    taken = finite and accept(loss)
+    if taken:
         optimizer.step()
     else:
         if accelerator.scaler is not None:
@@ -147,7 +151,7 @@ def step(
     optimizer.zero_grad(set_to_none=True)
     seen = {name[10:]: x for name, x in outputs.items() if name.startswith("embedding.")}
     terms = {name: x.detach() for name, x in outputs.items() if not name.startswith("embedding.")}
-    return StepResult(terms, norm.detach(), sum(losses) / len(losses), finite, finite, seen)
+    return StepResult(terms, norm.detach(), loss, finite, taken, seen)
 
 
 def running_statistics(learner: nn.Module) -> list[Tensor]:
