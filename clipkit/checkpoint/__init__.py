@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipkit.checkpoint.lock import run_lock
+from clipkit.checkpoint.lock import process_start, run_lock
 from clipkit.checkpoint.logs import log_lengths, truncate_logs
 from clipkit.checkpoint.record import Checkpoint, Skipped
 from clipkit.checkpoint.rng import capture_rng, derive_rng, restore_rng
@@ -22,6 +22,7 @@ __all__ = [
     "load_optimizer_tensors",
     "log_lengths",
     "optimizer_tensors",
+    "process_start",
     "restore_rng",
     "run_lock",
     "truncate_logs",

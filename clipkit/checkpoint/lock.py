@@ -23,7 +23,7 @@ LOCK_FILE = "run.lock"
 _held: set[tuple[int, Path]] = set()
 
 
-def _start_time(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Returns a text that no later process under the same pid has, None when the process is gone."""
     if sys.platform == "linux":
         try:
@@ -88,7 +88,7 @@ def _acquire(path: Path) -> int:
                     me = {
                         "host": socket.gethostname(),
                         "pid": os.getpid(),
-                        "start": _start_time(os.getpid()),
+                        "start": process_start(os.getpid()),
                     }
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, (json.dumps(me) + "\n").encode(), 0)
@@ -104,7 +104,7 @@ def _lives(holder: dict[str, Any], *, assumed: bool) -> bool:
     """Whether the recorded process runs; `assumed` of another host, where only the kernel's lock can tell."""
     if holder.get("host") != socket.gethostname():
         return assumed
-    return _start_time(int(holder["pid"])) == holder.get("start")
+    return process_start(int(holder["pid"])) == holder.get("start")
 
 
 @contextlib.contextmanager

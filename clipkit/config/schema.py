@@ -86,6 +86,15 @@ def _default_workers() -> int:
     return min(2, usable)
 
 
+def _duration(value: Any) -> str:
+    try:
+        if isinstance(value, str) and parse_interval(value).seconds is not None:
+            return value
+    except ValueError:
+        pass
+    raise refuse(f"expected a time, not {value!r}", "write for example 90s, 30min or 2h")
+
+
 def _on_spike(value: Any) -> Any:
     """YAML reads a bare `off` as false."""
     return "off" if value is False else value
@@ -310,9 +319,9 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """Length, precision, seed and cadence. Exactly one of samples, epochs and steps.
 
-    max_skipped_steps: so many in a row end the run; None: 10, under fp16 50. on_spike: what a step does whose
-    loss leaps (clipkit.train.spikes says when): warn; skip its update; or rollback, to the newest checkpoint
-    and past the batches before the leap.
+    timeout: how long ranks wait for one that is missing. max_skipped_steps: so many in a row end the run;
+    None: 10, under fp16 50. on_spike: what a step does whose loss leaps (clipkit.train.spikes says when):
+    warn; skip its update; or rollback, to the newest checkpoint and past the batches before the leap.
     """
 
     dir: Text | None = None
@@ -332,6 +341,7 @@ class RunConfig(Section):
     deterministic: bool = False
     threads: Count | None = None
     max_skipped_steps: Count | None = None
+    timeout: Annotated[str, PlainValidator(_duration)] = "30min"
     on_spike: Annotated[Literal["off", "warn", "skip", "rollback"], BeforeValidator(_on_spike)] = "warn"
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from clipkit.data.rejects import RejectBudget
 from clipkit.log import RunLog
 from clipkit.train.evaluate import evaluate
 from clipkit.train.guards import Guard
+from clipkit.train.heartbeat import Heartbeat
 from clipkit.train.rollback import roll_back
 from clipkit.train.setup import Run
 from clipkit.train.spikes import Spike
@@ -62,6 +63,7 @@ class Loop:
     budget: RejectBudget
     log: RunLog
     signals: StopSignals
+    heartbeat: Heartbeat
     clock: Clock = field(default_factory=Clock)
     failed_saves: int = 0
     saved_at: float = field(default_factory=time.monotonic)
@@ -86,9 +88,11 @@ class Loop:
         """Returns None at the last step, or the spike that asks for a rollback before it."""
         run, began, started = self.run, time.perf_counter(), False
         batches = run.stream.batches(self.state.step, run.total_steps)
+        self.heartbeat.at(self.state.step, "waiting for data")
         asked = time.perf_counter()
         for batch in batches:
             self.clock.waited += time.perf_counter() - asked
+            self.heartbeat.at(self.state.step, "in a step")
             if not started:
                 # Only now: building iterators and workers draws from the generators.
                 continue_rng()
@@ -106,6 +110,7 @@ class Loop:
                 began = now
                 self._log(result, batch)
             self._housekeep(batch.rejects)
+            self.heartbeat.at(self.state.step, "waiting for data")
             asked = time.perf_counter()
         return None
 
@@ -229,6 +234,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
+        self.heartbeat.at(self.state.step, "evaluating")
         self.metrics = evaluate(self.run, self.log.note)
         self.evaluated_step, self.evaluated_at = self.state.step, time.monotonic()
         self.log.evaluation(self.state.step, self.metrics)
@@ -237,6 +243,7 @@ class Loop:
 
     def _save(self, must_succeed: bool) -> None:
         began = time.perf_counter()
+        self.heartbeat.at(self.state.step, "saving a checkpoint")
         try:
             save(self.run, self.store, self.state, self.budget)
         except CheckpointWriteError as error:

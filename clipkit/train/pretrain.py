@@ -9,12 +9,13 @@ import torch
 
 from clipkit import dist
 from clipkit.checkpoint import Checkpoint, CheckpointStore, StopSignals, run_lock, truncate_logs
-from clipkit.config import Config, load_config, make_config
+from clipkit.config import Config, load_config, make_config, parse_interval
 from clipkit.data.rejects import RejectBudget
 from clipkit.dist import World
 from clipkit.export import save_open_clip
 from clipkit.log import RunLog
 from clipkit.train.evaluate import check_data
+from clipkit.train.heartbeat import Heartbeat
 from clipkit.train.loop import Loop, write_config
 from clipkit.train.rehearsal import describe, rehearse
 from clipkit.train.resume import continue_rng, find_checkpoint, kept_evaluation
@@ -41,7 +42,9 @@ def pretrain(
     folder = Path(config.run.dir or "runs/pretrain")
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    accelerator = make_accelerator(config.run.precision, config.run.deterministic)
+    timeout = parse_interval(config.run.timeout).seconds
+    assert timeout is not None, "the schema takes durations only"
+    accelerator = make_accelerator(config.run.precision, config.run.deterministic, timeout)
     world = World.current()
     check_data(config.run.evaluate)
     if dry_run:
@@ -52,16 +55,18 @@ def pretrain(
             run.stream.close()
     with run_lock(folder):
         store = CheckpointStore(folder / "checkpoints", world, keep=config.run.keep_checkpoints)
+        heartbeat = Heartbeat(folder, world, timeout)
+        heartbeat.prepare()
         store.prepare()
         found = find_checkpoint(config, folder, store, resume)
         run = prepare(config, folder, accelerator, None if found is None else found.document("data"))
         try:
-            return _run(run, store, found)
+            return _run(run, store, found, heartbeat)
         finally:
             run.stream.close()
 
 
-def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str, Any]:
+def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: Heartbeat) -> dict[str, Any]:
     kept = None if found is None else kept_evaluation(run, found)
     budget = RejectBudget(run.config.data.max_reject_fraction, run.config.data.max_consecutive)
     state = TrainState() if found is None else restore(run, found, budget)
@@ -84,8 +89,8 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None) -> dict[str
                     f"{found.world_size} -> {run.world.size} process(es): same samples and order, "
                     "losses equal up to floating-point order, dropout drawn anew"
                 )
-        with StopSignals() as signals:
-            loop = Loop(run, state, store, budget, log, signals)
+        with StopSignals() as signals, heartbeat:
+            loop = Loop(run, state, store, budget, log, signals, heartbeat)
             if kept is not None:
                 loop.evaluated_step, loop.metrics = state.step, kept.record["results"]
                 if kept.cut:

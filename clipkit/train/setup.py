@@ -32,7 +32,8 @@ from clipkit.types import ConfigError, Needs
 
 EMA_BELOW_SAMPLES = 20_000_000
 EMA_DECAY = 0.999
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# A collective gives up so many seconds after `run.timeout`: the heartbeat speaks first, and names the rank.
+COLLECTIVE_GRACE_S = 30.0
 
 
 @dataclass
@@ -61,8 +62,10 @@ class Run:
         return sum(p.numel() for p in self.bare.parameters() if p.requires_grad)
 
 
-def make_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
+def make_accelerator(precision: str, deterministic: bool = False, timeout: float = 1800.0) -> Accelerator:
     """Returns an Accelerator for the visible devices; raises ConfigError for fp16 without CUDA.
+
+    timeout: seconds that ranks wait for each other.
 
     DDP looks for unused parameters so that the last backward of a cached step reduces what the earlier
     ones left, and never rebuilds its buckets: rebuilt buckets add in another order after a resume.
@@ -73,7 +76,7 @@ def make_accelerator(precision: str, deterministic: bool = False) -> Accelerator
         mixed_precision={"fp32": "no"}.get(precision, precision),
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout + COLLECTIVE_GRACE_S)),
         ],
     )
     torch.use_deterministic_algorithms(deterministic)

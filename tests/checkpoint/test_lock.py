@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from clipkit.checkpoint import run_lock
-from clipkit.checkpoint.lock import LOCK_FILE, _start_time
+from clipkit.checkpoint.lock import LOCK_FILE, process_start
 from clipkit.types import ConfigError
 from tests.checkpoint.children import in_child
 
@@ -108,17 +108,17 @@ def test_a_recorded_process_without_the_kernel_lock_is_judged_by_pid_and_start(t
     """As on a file system whose locks do not reach here."""
     host = socket.gethostname()
     with another_process(lambda: None) as pid:
-        write_holder(tmp_path, host=host, pid=pid, start=_start_time(pid))
+        write_holder(tmp_path, host=host, pid=pid, start=process_start(pid))
         with pytest.raises(ConfigError, match=f"process {pid} on"), run_lock(tmp_path):
             pass
         write_holder(tmp_path, host=host, pid=pid, start="another boot 17")
         with run_lock(tmp_path):
             pass
-        start = _start_time(pid)
+        start = process_start(pid)
         os.kill(pid, signal.SIGKILL)
         # Not yet waited for: a zombie is dead.
         deadline = time.monotonic() + 20
-        while _start_time(pid) is not None and time.monotonic() < deadline:
+        while process_start(pid) is not None and time.monotonic() < deadline:
             time.sleep(0.01)
         write_holder(tmp_path, host=host, pid=pid, start=start)
         with run_lock(tmp_path):
