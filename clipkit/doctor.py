@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import socket
 import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.types import ClipkitError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = (
     "clipkit",
@@ -29,6 +38,9 @@ _PACKAGES = (
 _MIN_FREE_DISK = 2 * 10**9  # bytes: the quickstart with its checkpoints needs about one
 _MIN_MEMORY = 4 * 10**9  # bytes: what the quickstart may take at its peak
 _MIN_FILES = 256  # open files: shards, workers and their pipes
+_WAIT_S = 60  # that ranks wait for one another here
+_SIZES = (10**6, 64 * 10**6)  # bytes of the collectives that are timed
+_NETWORK = "check the network between the machines (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, firewalls)"
 _FONTS = 12  # DejaVu Sans, Sans Mono and Serif in four styles each
 
 
@@ -200,3 +212,169 @@ _CHECKS: tuple[Callable[[], list[Finding]], ...] = (
 def examine() -> list[Finding]:
     """Returns everything that was looked at, problems marked by a cure. Imports torch and matplotlib."""
     return [finding for check in _CHECKS for finding in check()]
+
+
+def examine_ranks(folder: Path) -> list[Finding]:
+    """Returns what was found between the ranks, the same list on each; all of them call it under a launcher.
+
+    folder: where a run directory would be, to see whether the ranks share its file system. Collectives are
+    checked against the values that arithmetic says. Raises ConfigError on one process, ClipkitError naming
+    the collective that failed.
+    """
+    import datetime
+
+    from accelerate import PartialState
+
+    from clipkit import dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ConfigError(
+            "one process is running, and doctor --distributed looks at what is between several",
+            "start it with a launcher, on every machine as the training will be started: "
+            "torchrun --nproc_per_node 2 -m clipkit doctor --distributed",
+        )
+    try:
+        device = PartialState(timeout=datetime.timedelta(seconds=_WAIT_S)).device
+        described = dist.gather_objects(_describe_rank(device))
+    except (RuntimeError, ValueError) as error:
+        raise ClipkitError(f"the ranks cannot meet: {_first_line(error)}", _NETWORK) from error
+    findings = _who(described)
+    checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
+        ("all-reduce", lambda: _all_reduce(device)),
+        ("gather", lambda: _gather(device)),
+        ("run directory", lambda: _shared(folder)),
+    )
+    for name, check in checks:
+        try:
+            findings += check()
+        except RuntimeError as error:
+            raise ClipkitError(f"{name} failed: {_first_line(error)}", _NETWORK) from error
+    return findings
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _describe_rank(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    names = {"clipkit": version("clipkit"), "torch": torch.__version__}
+    kind = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": str(device),
+        "kind": kind,
+        "versions": ", ".join(f"{name} {number}" for name, number in names.items()),
+    }
+
+
+def _who(ranks: list[dict[str, Any]]) -> list[Finding]:
+    """Findings about world, backend, devices and versions, from the descriptions of all ranks."""
+    import torch.distributed as group
+
+    hosts = [rank["host"] for rank in ranks]
+    machines = ", ".join(f"{host}: {hosts.count(host)}" for host in dict.fromkeys(hosts))
+    # get_backend() says "undefined" where torch chose one per kind of device.
+    backends = dict(part.split(":") for part in str(group.get_backend_config()).split(","))
+    backend = backends.get(ranks[0]["device"].split(":")[0], "unknown")
+    findings = [Finding("world", f"{len(ranks)} ranks ({machines})"), Finding("backend", backend)]
+    taken: dict[tuple[str, str], int] = {}
+    for number, rank in enumerate(ranks):
+        place = (rank["host"], rank["device"])
+        cure = ""
+        if rank["device"].startswith("cuda") and taken.setdefault(place, number) != number:
+            cure = f"shared with rank {taken[place]}: start as many processes per machine as it has GPUs"
+        value = f"{rank['device']}{rank['kind']} on {rank['host']}, process {rank['pid']}"
+        findings.append(Finding(f"rank {number}", value, cure))
+    versions = list(dict.fromkeys(rank["versions"] for rank in ranks))
+    cure = "install the same versions on every machine" if len(versions) > 1 else ""
+    return [*findings, Finding("versions", " and ".join(versions), cure)]
+
+
+def _verdict(name: str, right: bool) -> Finding:
+    """A finding on which all ranks agree: which of them got another value than arithmetic says."""
+    from clipkit import dist
+
+    wrong = [str(rank) for rank, good in enumerate(dist.gather_objects(right)) if not good]
+    value = f"wrong on rank {', '.join(wrong)}" if wrong else "the expected value on every rank"
+    return Finding(name, value, "update torch and the driver; another NCCL_ALGO may help" if wrong else "")
+
+
+def _all_reduce(device: torch.device) -> list[Finding]:
+    import torch
+
+    from clipkit import dist
+
+    world = dist.World.current()
+    own = torch.arange(1000.0, device=device) * (world.rank + 1)
+    wanted = torch.arange(1000.0, device=device) * (world.size * (world.size + 1) / 2)
+    right = torch.equal(dist.all_reduce_sum(own), wanted)
+    return [_verdict("all-reduce", right), *_speeds("all-reduce", dist.all_reduce_sum, device, 1)]
+
+
+def _gather(device: torch.device) -> list[Finding]:
+    import torch
+
+    from clipkit import dist
+
+    world = dist.World.current()
+    own = torch.arange(1000.0, device=device)[:, None] + 1000 * world.rank
+    wanted = torch.arange(1000.0 * world.size, device=device)[:, None]
+    right = torch.equal(dist.gather(own), wanted)
+    return [_verdict("gather", right), *_speeds("gather", dist.gather, device, world.size)]
+
+
+def _speeds(name: str, work: Callable[[Any], Any], device: torch.device, parts: int) -> list[Finding]:
+    """Findings of the time of the slowest rank; each rank gives a `parts`-th of the bytes of the result."""
+    import torch
+
+    from clipkit import dist
+
+    findings = []
+    for count in _SIZES:
+        x = torch.zeros(count // 4 // parts, 1, device=device)
+        seconds = []
+        for _ in range(4):
+            dist.barrier()
+            began = time.perf_counter()
+            work(x)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        # The first one pays for connections.
+        (slowest,) = dist.agree([min(seconds[1:])])
+        speed = f"{count / slowest / 1e9:.2f} GB/s ({1e3 * slowest:.2f} ms)"
+        findings.append(Finding(f"{name} of {count / 1e6:.0f} MB", speed))
+    return findings
+
+
+def _shared(folder: Path) -> list[Finding]:
+    """A finding on whether a file that rank 0 writes into the folder is there for every rank."""
+    from clipkit import dist
+
+    there = folder.absolute()
+    while not there.is_dir():
+        there = there.parent
+    probe = there / dist.gather_objects(f".clipkit-doctor-{uuid.uuid4().hex}")[0]
+    failure = ""
+    main = dist.World.current().is_main
+    if main:
+        try:
+            probe.write_text("clipkit")
+        except OSError as error:
+            failure = f"cannot be written to ({error.strerror})"
+    dist.barrier()
+    seen = [
+        rank for rank, (_, found) in enumerate(dist.gather_objects((str(there), probe.is_file()))) if found
+    ]
+    unseen = [rank for rank in range(dist.World.current().size) if rank not in seen]
+    if main:
+        probe.unlink(missing_ok=True)
+    failure = dist.gather_objects(failure)[0]
+    if not failure and unseen:
+        failure = f"rank {', '.join(map(str, unseen))} does not see what rank 0 writes"
+    path = dist.gather_objects(str(there))[0]
+    cure = "set run.dir to a folder on a file system that all machines share" if failure else ""
+    return [Finding("run directory", f"{path}: {failure or 'shared by all ranks'}", cure)]
