@@ -27,6 +27,13 @@ import pytest
 RANK_TIMEOUT_S = 240
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked slow, saying how to run them, unless -m chooses by marker."""
+    for item in items if not config.option.markexpr else []:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.skip(reason=f"slow; run it with: pytest -m slow {item.nodeid}"))
+
+
 def _rank_main(rank: int, world: int, rendezvous: str, send: Any, function: Any, arguments: Any) -> None:
     import torch
     import torch.distributed as dist
