@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipkit.data.sample import Unusable
+from clipkit.redaction import redact
 from clipkit.types import DataError, Reject
 
 SAMPLES_BEFORE_FRACTION = 1000
@@ -16,7 +17,7 @@ def reject(key: str, shard: str, problem: Unusable, slot: int, substitute: str) 
     # Names of members and folders need not be UTF-8; a strict writer would end the run at every resume.
     key, shard, reason, detail, substitute = (
         text.encode("utf-8", "backslashreplace").decode()
-        for text in (key, shard, problem.reason, problem.detail, substitute)
+        for text in (key, redact(shard), problem.reason, redact(problem.detail), substitute)
     )
     return Reject(key, shard, reason, detail, slot, substitute)
 
