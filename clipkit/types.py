@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ClipkitError(Exception):
-    """A failure with a known cause: one line of cause, one line of cure, no secrets in them, one exit code."""
+    """A failure with a known cause: one line of cause, one of cure, no secrets in them, one exit code."""
 
     exit_code = 1
 

@@ -24,8 +24,8 @@ def index(
 
     Example: clipkit index 'train/{000..015}.tar'
     """
+    from clipkit.data.indexing import build_index
     from clipkit.data.source import expand_shards, needs_stream
-    from clipkit.data.tar_index import build_index
 
     # A pipe is allowed only to be refused below: nothing here runs a command.
     names = expand_shards(shards, allow_pipe=True)

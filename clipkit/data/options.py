@@ -23,6 +23,18 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Where s3:, gs: and hf: addresses lead; None: as their clients find it in the environment."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+
+
+DEFAULT_STORAGE = Storage()
+
+
+@dataclass(frozen=True)
 class LoaderOptions:
     """Options of the training stream.
 
@@ -35,6 +47,8 @@ class LoaderOptions:
     max_consecutive      unusable samples in a row that stop the run
     start_method         "fork", "spawn", "forkserver" or None for the platform's default
     prefetch             sub-batches built ahead per worker
+    on_no_range          "refuse" a server without byte ranges, or "stream" it without an exact order
+    index_dir            where the index is kept; None: beside the shards, or in the user's cache folder
     """
 
     source: Source
@@ -49,3 +63,6 @@ class LoaderOptions:
     allow_pipe: bool = False
     start_method: str | None = None
     prefetch: int = 2
+    on_no_range: str = "refuse"
+    index_dir: str | None = None
+    storage: Storage = DEFAULT_STORAGE

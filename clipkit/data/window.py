@@ -9,9 +9,9 @@ import numpy as np
 
 from clipkit.data.order import EpochOrder, Order
 from clipkit.data.rejects import reject
+from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample, Unusable, parse_chunk
-from clipkit.data.source import LocalShards
 from clipkit.data.tar_index import Index
 from clipkit.types import DataError, Reject
 
@@ -29,12 +29,14 @@ class WindowReader:
     has none, by the samples that follow it in the shards. All other positions stay as they are.
     """
 
-    def __init__(self, index: Index, order: Order, recipe: Recipe, max_consecutive: int) -> None:
+    def __init__(
+        self, index: Index, order: Order, recipe: Recipe, max_consecutive: int, source: ShardBytes
+    ) -> None:
         self.index = index
         self.order = order
         self.recipe = recipe
         self.max_consecutive = max_consecutive
-        self._source = LocalShards(index.shards)
+        self._source = source
         self._epoch: EpochOrder | None = None
         self._windows: dict[int, _Loaded] = {}
 
@@ -115,7 +117,7 @@ class WindowReader:
 
 
 def read_samples(
-    index: Index, source: LocalShards, shard: int, first: int, count: int
+    index: Index, source: ShardBytes, shard: int, first: int, count: int
 ) -> dict[int, RawSample]:
     """Returns samples first..first+count of a shard by id, with one read."""
     stored, number, begin, end = index.span(shard, first, first + count - 1)
@@ -125,8 +127,7 @@ def read_samples(
     return {first_id + at: parsed[at - stored] for at in range(first, first + count)}
 
 
-def first_samples(index: Index) -> Iterator[RawSample]:
+def first_samples(index: Index, source: ShardBytes) -> Iterator[RawSample]:
     """Yields the samples in the order of the shards, each with a read of its own."""
-    source = LocalShards(index.shards)
     for sample_id in range(index.num_samples):
         yield read_samples(index, source, *index.locate(sample_id), 1)[sample_id]
