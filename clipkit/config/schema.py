@@ -214,6 +214,7 @@ class StorageConfig(Section):
 class DataConfig(Section):
     """What is trained on. batch_size is GLOBAL; micro_batch is samples per rank and forward pass.
 
+    max_lost_chunks: how many chunks may stay unreadable, their samples replaced and listed in rejects.jsonl;
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
     index_dir: a folder with the index that `clipkit index --out` made.
     """
@@ -227,6 +228,7 @@ class DataConfig(Section):
     max_pixels: Count = 64_000_000
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     max_consecutive: Count = 100
+    max_lost_chunks: Whole = 0
     allow_pipe: bool = False
     on_no_range: Literal["refuse", "stream"] = "refuse"
     index_dir: Text | None = None

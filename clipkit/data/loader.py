@@ -330,7 +330,7 @@ def _open_indexed(
         "index": index.file or "in memory",
     }
     return TrainStream(
-        WindowReader(index, order, recipe, options.max_consecutive, source),
+        WindowReader(index, order, recipe, options, source),
         RowRanges(options.batch_size, order.lanes, world, options.workers),
         recipe,
         options,

@@ -159,6 +159,7 @@ def open_stream(
         max_pixels=data.max_pixels,
         max_reject_fraction=data.max_reject_fraction,
         max_consecutive=data.max_consecutive,
+        max_lost_chunks=data.max_lost_chunks,
         allow_pipe=data.allow_pipe,
         start_method=data.start_method,
         on_no_range=data.on_no_range,
