@@ -7,6 +7,7 @@ the shards of one set, and a set that grew is walked where it grew.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -230,7 +231,9 @@ def write_record(folder: Path, shard: str, scan: ShardScan) -> None:
 def read_record(folder: Path, shard: str, now: Fingerprint) -> ShardScan | None:
     """Returns what an earlier walk found in a shard that is still the same, or None."""
     try:
-        with np.load(_record_path(folder, shard), allow_pickle=False) as stored:
+        # Read first: numpy leaves the file open when it holds no archive.
+        content = io.BytesIO(_record_path(folder, shard).read_bytes())
+        with np.load(content, allow_pickle=False) as stored:
             facts = json.loads(bytes(stored["facts"]))
             if facts.pop("version") != _RECORD_VERSION or (facts["size"], facts["stamp"]) != now:
                 return None
