@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from clipkit.data.source import LOCAL_HOSTS
 from clipkit.types import ConfigError, DataError
@@ -175,11 +176,17 @@ class HttpRanges:
         while len(self._connections) >= MAX_CONNECTIONS:
             self._connections.popitem(last=False)[1].close()
         scheme, host, port = key
-        if scheme == "https":
-            self._context = self._context or ssl.create_default_context()
-            connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self._context)
-        else:
+        if scheme == "http":
             connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+        else:
+            self._context = self._context or ssl.create_default_context()
+            proxy = _proxy(host)
+            through, its_port = (proxy.hostname or "", proxy.port) if proxy else (host, port)
+            connection = http.client.HTTPSConnection(
+                through, its_port, timeout=TIMEOUT_S, context=self._context
+            )
+            if proxy:
+                connection.set_tunnel(host, port, headers=_basic("Proxy-Authorization", proxy))
         self._connections[key] = connection
         return connection, False
 
@@ -225,10 +232,22 @@ def _server(url: str) -> tuple[str, str, int | None]:
 def _login(at: str, origin: str) -> dict[str, str]:
     """The user and password of an address, for its own server only and not for where it redirects to."""
     parts = urlsplit(at if urlsplit(at).username else origin)
-    if not parts.username or _server(at) != _server(parts.geturl()):
+    return _basic("Authorization", parts) if _server(at) == _server(parts.geturl()) else {}
+
+
+def _basic(header: str, parts: SplitResult) -> dict[str, str]:
+    if not parts.username:
         return {}
     login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-    return {"Authorization": f"Basic {base64.b64encode(login).decode()}"}
+    return {header: f"Basic {base64.b64encode(login).decode()}"}
+
+
+def _proxy(host: str) -> SplitResult | None:
+    """The proxy that the environment names for https (https_proxy, no_proxy)."""
+    address = getproxies().get("https")
+    if not address or host in LOCAL_HOSTS or proxy_bypass(host):
+        return None
+    return urlsplit(address if "://" in address else f"http://{address}")
 
 
 def _redirected(url: str, at: str, location: str) -> str:

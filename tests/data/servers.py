@@ -25,8 +25,7 @@ class ShardServer:
         self.always: Fault | None = None
         self.requests: list[tuple[str, str, str]] = []
         self.connections = 0
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
-        self._http.daemon_threads = True
+        self._http = _Quiet(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -34,6 +33,13 @@ class ShardServer:
     def close(self) -> None:
         self._http.shutdown()
         self._http.server_close()
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Says nothing: clients that leave in the middle of an answer are what is tested."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -54,6 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.owner.faults.popleft() if self.owner.faults else self.owner.always
         if fault is None or not fault(self):
             self.serve()
+
+    def do_CONNECT(self) -> None:
+        self.owner.requests.append((self.path, "CONNECT", self.headers.get("Proxy-Authorization", "")))
+        self.reply(407, b"")
 
     def content(self) -> bytes | None:
         path = self.owner.root / self.path.partition("?")[0].lstrip("/")

@@ -237,6 +237,17 @@ def test_redirects_stay_on_the_list(folder: Path, server: ShardServer) -> None:
         RemoteShards(STORAGE).facts(url)
 
 
+def test_the_proxy_of_the_environment_is_used(server: ShardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", server.url.replace("//", "//me:CANARY@"))
+    with pytest.raises(DataError, match="Tunnel connection failed: 407") as caught:
+        RemoteShards(STORAGE).facts("https://shards.invalid/a.tar")
+    assert server.requests[0] == ("shards.invalid:443", "CONNECT", "Basic bWU6Q0FOQVJZ")
+    assert "CANARY" not in str(caught.value)
+    assert clipkit.data.http_ranges._proxy("localhost") is None
+    monkeypatch.setenv("no_proxy", "shards.invalid")
+    assert clipkit.data.http_ranges._proxy("shards.invalid") is None
+
+
 def test_no_secret_is_written(
     folder: Path, server: ShardServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
