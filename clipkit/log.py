@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from clipkit.redaction import redact
+
 if TYPE_CHECKING:
     from rich.live import Live
     from rich.progress import Progress, TaskID
-
-_USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
-_SECRET_VALUE = re.compile(
-    r"(?i)(?<![a-z])((?:[\w-]*[_-])?(?:token|secret|password|passwd|signature|sig|credential|api[_-]?key|"
-    r"access[_-]?key|secret[_-]?key|accesskeyid|awsaccesskeyid)(?:[_-]id)?\s*[=]\s*)[^&\s'\",;]+"
-)
-
-
-def redact(text: str) -> str:
-    """Returns `text` with user:password@ of URLs and values of token=, key=, signature= replaced by ***."""
-    return _SECRET_VALUE.sub(r"\1***", _USERINFO.sub("***@", text))
 
 
 def encode_record(record: Mapping[str, Any]) -> str:

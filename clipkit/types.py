@@ -16,16 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from clipkit.redaction import redact
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class ClipkitError(Exception):
-    """A failure with a known cause: one line of cause, one line of cure, one exit code."""
+    """A failure with a known cause: one line of cause, one of cure, no secrets in them, one exit code."""
 
     exit_code = 1
 
     def __init__(self, cause: str, cure: str) -> None:
+        cause, cure = redact(cause), redact(cure)
         super().__init__(f"{cause}\n{cure}")
         self.cause = cause
         self.cure = cure

@@ -288,7 +288,7 @@ def test_index_leaves_with_3_on_a_cut_shard(
     assert "cut.tar" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shard", ["y.tar.gz", "https://host/y.tar", "pipe:cat y.tar"])
+@pytest.mark.parametrize("shard", ["y.tar.gz", "https://host/y.tar.gz", "pipe:cat y.tar"])
 def test_index_refuses_what_is_only_read_from_front_to_back(
     capsys: pytest.CaptureFixture[str], shard: str
 ) -> None:

@@ -10,9 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from clipkit.log import RunLog, encode_record, redact
+from clipkit.log import RunLog, encode_record
 
 RECORD = {
     "step": 20,
@@ -122,35 +120,6 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path) -> None:
         log.evaluation(1, {"val": {"acc1": 0.5}})
     assert stream.getvalue() == ""
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "https://me:TOKEN@host/x.tar",
-        "s3://TOKEN@bucket/x",
-        "https://host/x.tar?sig=TOKEN&part=1",
-        "https://host/x?X-Amz-Signature=TOKEN",
-        "https://host/x?X-Amz-Security-Token=TOKEN&X-Amz-Credential=TOKEN",
-        "HF_TOKEN=TOKEN",
-        "pipe:curl -u x https://h/?access_key=TOKEN",
-        "two https://a:TOKEN@h and https://b:TOKEN@h",
-    ],
-)
-def test_secrets_are_replaced(text: str) -> None:
-    found = redact(text)
-    assert "TOKEN@" not in found
-    assert "=TOKEN" not in found
-    assert "***" in found
-    assert "TOKEN@" not in encode_record({"text": text})
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["a/b@c.tar", "s3://bucket/key=value/x.tar", "me@host", "num_tokens=77", "monkey=3", "https://h/a@b"],
-)
-def test_what_is_no_secret_stays(text: str) -> None:
-    assert redact(text) == text
 
 
 def test_logging_loads_neither_torch_nor_rich() -> None:

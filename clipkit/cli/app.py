@@ -12,7 +12,7 @@ import typer
 
 from clipkit.cli import configs, data, evaluating, machine, objectives, training
 from clipkit.cli.output import rank
-from clipkit.log import redact
+from clipkit.redaction import redact
 from clipkit.types import ClipkitError, ConfigError
 
 _EPILOG = (
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return int(error.exit_code)
         if with_traceback:
-            traceback.print_exception(error)
+            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return _report(error)
     if code == 130:  # from here or from the parser, which turns Control-C into this code without a word
         print("interrupted", file=sys.stderr)

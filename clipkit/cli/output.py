@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.log import redact
+from clipkit.redaction import redact, redact_all
 from clipkit.types import ConfigError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def result(values: Mapping[str, Any], out: Path | None) -> None:
     if rank():
         return
     if str(out) == "-":
-        print(json.dumps(values, indent=2, ensure_ascii=False))
+        print(json.dumps(redact_all(values), indent=2, ensure_ascii=False))
         return
     say("\n".join(format_table(values)))
     if out is not None:

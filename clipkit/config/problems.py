@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar, overload
 
 from pydantic import BaseModel, ValidationError
 
-from clipkit.log import redact
+from clipkit.redaction import redact
 from clipkit.types import ConfigError
 
 Path_ = tuple[str | int, ...]

@@ -22,7 +22,7 @@ from clipkit.config.schema import (
     as_tuple,
     refuse,
 )
-from clipkit.log import redact
+from clipkit.redaction import redact_all
 from clipkit.types import ConfigError
 
 # A run directory continues only with the same values of these; what is absent may change freely
@@ -105,7 +105,7 @@ class Config(Section):
 
     def values(self) -> dict[str, Any]:
         """Returns the resolved values as plain JSON-able data, secrets in URLs replaced by ***."""
-        values: dict[str, Any] = _redacted(self.model_dump(mode="json"))
+        values: dict[str, Any] = redact_all(self.model_dump(mode="json"))
         return values
 
     def dump(self) -> str:
@@ -136,15 +136,7 @@ class Config(Section):
 
 
 def _identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in _flatten(_redacted(values)).items() if key.startswith(_IDENTITY)}
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _redacted(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redacted(entry) for entry in value]
-    return redact(value) if isinstance(value, str) else value
+    return {key: value for key, value in _flatten(redact_all(values)).items() if key.startswith(_IDENTITY)}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -217,8 +217,21 @@ class SourceConfig(Section):
     weight: Positive = 1.0
 
 
+class StorageConfig(Section):
+    """Where s3:, gs: and hf: addresses lead: an endpoint of your own, a region, a profile with the keys."""
+
+    endpoint: Text | None = None
+    region: Text | None = None
+    profile: Text | None = None
+
+
 class DataConfig(Section):
-    """What is trained on. batch_size is GLOBAL; micro_batch is samples per rank and forward pass."""
+    """What is trained on. batch_size is GLOBAL; micro_batch is samples per rank and forward pass.
+
+    max_lost_chunks: how many chunks may stay unreadable, their samples replaced and listed in rejects.jsonl;
+    on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
+    index_dir: a folder with the index that `clipkit index --out` made.
+    """
 
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), Field(min_length=1)]
     batch_size: Count
@@ -229,7 +242,11 @@ class DataConfig(Section):
     max_pixels: Count = 64_000_000
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     max_consecutive: Count = 100
+    max_lost_chunks: Whole = 0
     allow_pipe: bool = False
+    on_no_range: Literal["refuse", "stream"] = "refuse"
+    index_dir: Text | None = None
+    storage: StorageConfig = StorageConfig()
     crop_scale: Annotated[tuple[float, float], BeforeValidator(as_tuple)] | None = None
     recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
     start_method: Literal["fork", "spawn", "forkserver"] | None = None

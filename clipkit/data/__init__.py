@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipkit.data.indexing import build_index
     from clipkit.data.loader import TrainStream, open_train
     from clipkit.data.options import CaptionField, LoaderOptions, Source
     from clipkit.data.recipes import read_recipes
     from clipkit.data.rejects import RejectBudget
-    from clipkit.data.tar_index import Index, build_index, expand_shards
+    from clipkit.data.source import expand_shards
+    from clipkit.data.tar_index import Index
     from clipkit.data.text import TextView, text_view
     from clipkit.data.views import ImageView, image_view
 
@@ -26,8 +28,8 @@ _HOMES = {
     "Source": "options",
     "TextView": "text",
     "TrainStream": "loader",
-    "build_index": "tar_index",
-    "expand_shards": "tar_index",
+    "build_index": "indexing",
+    "expand_shards": "source",
     "image_view": "views",
     "open_train": "loader",
     "read_recipes": "recipes",

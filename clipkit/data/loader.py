@@ -15,26 +15,27 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipkit import dist
+from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes
 from clipkit.data.ranges import RowRanges, divisors
 from clipkit.data.rejects import RejectBudget
+from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, SubBatch, merge
+from clipkit.data.shared_index import shared_index
 from clipkit.data.source import expand_shards, needs_stream
-from clipkit.data.tar_index import Index, build_index
+from clipkit.data.tar_index import Index
 from clipkit.data.targets import stored_widths
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
-from clipkit.data.waiting import while_others_wait
 from clipkit.data.window import WindowReader, first_samples
-from clipkit.types import Batch, ClipkitError, ConfigError, DataError
+from clipkit.types import Batch, ClipkitError, ConfigError
 
 __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStream", "open_train"]
 
@@ -283,22 +284,32 @@ def open_train(
         tuple(stored),
     )
     if any(needs_stream(shard) for shard in shards):
-        from clipkit.data.stream import open_stream
-
-        stream = open_stream(options, shards, recipe, world)
+        stream = _open_stream(options, shards, recipe, world)
     else:
-        stream = _open_indexed(options, shards, recipe, world, saved)
+        try:
+            stream = _open_indexed(options, shards, recipe, world, saved)
+        except NoRanges:
+            if options.on_no_range != "stream":
+                raise
+            stream = _open_stream(options, shards, recipe, world)
     if saved is not None:
         stream.check_state(saved)
     return stream
 
 
+def _open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World) -> TrainStream:
+    from clipkit.data.stream import open_stream
+
+    return open_stream(options, shards, recipe, world)
+
+
 def _open_indexed(
     options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World, saved: dict[str, Any] | None
 ) -> TrainStream:
-    index = _shared_index(shards, options, world)
+    index = shared_index(shards, options, world)
+    source = ShardBytes(index, options.storage)
     order = _order(index, options, world, saved)
-    widths = stored_widths(first_samples(index), recipe.stored, options.max_consecutive)
+    widths = stored_widths(first_samples(index, source), recipe.stored, options.max_consecutive)
     recipe = replace(recipe.for_pairs(index.num_samples), widths=widths)
     lanes = {"lanes": order.lanes, "chunk_size": order.chunk_size, "window_chunks": order.window_chunks}
     position = {
@@ -319,39 +330,13 @@ def _open_indexed(
         "index": index.file or "in memory",
     }
     return TrainStream(
-        WindowReader(index, order, recipe, options.max_consecutive),
+        WindowReader(index, order, recipe, options, source),
         RowRanges(options.batch_size, order.lanes, world, options.workers),
         recipe,
         options,
         position,
         banner,
     )
-
-
-def _shared_index(shards: list[str], options: LoaderOptions, world: dist.World) -> Index:
-    """The main rank walks and saves; the others load what it saved. An error reaches every rank."""
-    processes = max(1, min(options.workers, os.cpu_count() or 1))
-    index: Index | None = None
-    error: ClipkitError | None = None
-
-    def walk(turn: bool) -> None:
-        nonlocal index, error
-        try:
-            index = build_index(shards, workers=processes) if turn else index
-        except ClipkitError as caught:
-            error = caught
-
-    for turn in (world.is_main, not world.is_main):
-        while_others_wait(partial(walk, turn and error is None))
-        outcomes = dist.gather_objects((error, index.sha if index else ""))
-        error = next((outcome for outcome, _ in outcomes if outcome is not None), error)
-    if error is not None:
-        raise error
-    assert index is not None
-    different = {sha for _, sha in outcomes}
-    if len(different) > 1:
-        raise DataError("the processes see different shards", "give every machine the same files")
-    return index
 
 
 def _order(index: Index, options: LoaderOptions, world: dist.World, saved: dict[str, Any] | None) -> Order:

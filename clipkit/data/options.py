@@ -23,6 +23,18 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Where s3:, gs: and hf: addresses lead; None: as their clients find it in the environment."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+
+
+DEFAULT_STORAGE = Storage()
+
+
+@dataclass(frozen=True)
 class LoaderOptions:
     """Options of the training stream.
 
@@ -33,8 +45,11 @@ class LoaderOptions:
     max_pixels           of an image, compared with its header before it is decoded
     max_reject_fraction  tolerated share of unusable samples
     max_consecutive      unusable samples in a row that stop the run
+    max_lost_chunks      chunks that may be out of reach before the run stops
     start_method         "fork", "spawn", "forkserver" or None for the platform's default
     prefetch             sub-batches built ahead per worker
+    on_no_range          "refuse" a server without byte ranges, or "stream" it without an exact order
+    index_dir            where the index is kept; None: beside the shards, or in the user's cache folder
     """
 
     source: Source
@@ -46,6 +61,10 @@ class LoaderOptions:
     max_pixels: int = 64_000_000
     max_reject_fraction: float = 0.01
     max_consecutive: int = 100
+    max_lost_chunks: int = 0
     allow_pipe: bool = False
     start_method: str | None = None
     prefetch: int = 2
+    on_no_range: str = "refuse"
+    index_dir: str | None = None
+    storage: Storage = DEFAULT_STORAGE

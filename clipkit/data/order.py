@@ -51,19 +51,25 @@ def mix(key: int, counters: NDArray[Any]) -> Keys:
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014), Stafford's mix 13.
     """
     z: Keys = np.asarray(counters).astype(np.uint64)
+    return _mixed(key, z)
+
+
+def _mixed(key: int, z: Keys) -> Keys:
+    """`mix` in place."""
+    shifted = np.empty_like(z)
     z *= _GOLDEN
     z += np.array(key, dtype=np.uint64)
-    z ^= z >> np.uint64(30)
+    z ^= np.right_shift(z, np.uint64(30), out=shifted)
     z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
+    z ^= np.right_shift(z, np.uint64(27), out=shifted)
     z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
+    z ^= np.right_shift(z, np.uint64(31), out=shifted)
     return z
 
 
 def permutation(count: int, key: int) -> Ids:
     """Returns a permutation of 0..count-1, (count,) int64, that depends on `key` only."""
-    order: Ids = np.argsort(mix(key, np.arange(1, count + 1)), kind="stable")
+    order: Ids = np.argsort(_mixed(key, np.arange(1, count + 1, dtype=np.uint64)), kind="stable")
     return order
 
 
@@ -159,10 +165,15 @@ class EpochOrder:
         self.order = order
         self.number = epoch
         self._holes = order.left_out(epoch)
-        # Before the other arrays exist: for hundreds of millions of samples this is the peak of memory.
+        # Half a billion samples are 8 million chunks, 63 MB per array of them: before the other arrays exist,
+        # in 32 bits where they fit, and without copies in between.
         chunks = permutation(order.num_chunks, hash_key(order.seed, epoch, "chunks"))
+        if order.num_chunks < 1 << 31:
+            chunks = chunks.astype(np.int32)
         starts = order.chunk_starts()
-        sizes = np.diff(starts, append=order.num_samples).astype(np.int32)
+        sizes = np.empty(len(starts), dtype=np.int32)
+        np.subtract(starts[1:], starts[:-1], out=sizes[:-1], casting="unsafe")
+        sizes[-1] = order.num_samples - starts[-1]
         # Last hole first: one chunk can hold both, and the ends of chunks are taken from the reduced sizes.
         for begin, end in reversed(self._holes):
             first = int(np.searchsorted(starts, begin, side="right")) - 1
@@ -170,11 +181,14 @@ class EpochOrder:
             held = np.minimum(starts[first:last] + sizes[first:last], end)
             sizes[first:last] -= (held - np.maximum(starts[first:last], begin)).astype(np.int32)
         bounds = np.zeros(len(chunks) + 1, dtype=np.int64)
-        np.cumsum(sizes[chunks], out=bounds[1:])
+        bounds[1:] = sizes[chunks]
+        del sizes
+        np.cumsum(bounds, out=bounds)
         low = int(np.searchsorted(bounds, lanes[0] * order.lane_length, side="right")) - 1
         high = int(np.searchsorted(bounds, lanes[1] * order.lane_length, side="left"))
         self._starts = starts[chunks[low:high]]
-        self._bounds = bounds[low : high + 1].copy()
+        del starts
+        self._bounds = bounds if (low, high) == (0, len(chunks)) else bounds[low : high + 1].copy()
 
     def window_at(self, lane: int, position: int) -> Window:
         """Returns the window of a lane that holds `position` (0..lane_length-1)."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipkit.data.sample import Unusable
+from clipkit.redaction import redact
 from clipkit.types import DataError, Reject
 
 SAMPLES_BEFORE_FRACTION = 1000
+LOST_CHUNK = "lost chunk"
 
 
 def reject(key: str, shard: str, problem: Unusable, slot: int, substitute: str) -> Reject:
@@ -16,7 +18,7 @@ def reject(key: str, shard: str, problem: Unusable, slot: int, substitute: str) 
     # Names of members and folders need not be UTF-8; a strict writer would end the run at every resume.
     key, shard, reason, detail, substitute = (
         text.encode("utf-8", "backslashreplace").decode()
-        for text in (key, shard, problem.reason, problem.detail, substitute)
+        for text in (key, redact(shard), problem.reason, redact(problem.detail), substitute)
     )
     return Reject(key, shard, reason, detail, slot, substitute)
 
@@ -25,12 +27,15 @@ class RejectBudget:
     """Counts the rejects of all ranks and raises DataError when there are too many.
 
     The fraction is compared once 1,000 samples were seen and at every epoch end, so that one bad file does
-    not stop a small set at its first batch; rejects in a row are compared always.
+    not stop a small set at its first batch; rejects in a row are compared always. Chunks that could not be
+    read have a limit of their own, and their samples count for neither of these.
     """
 
-    def __init__(self, max_fraction: float, max_consecutive: int) -> None:
+    def __init__(self, max_fraction: float, max_consecutive: int, max_lost_chunks: int = 0) -> None:
         self.max_fraction = max_fraction
         self.max_consecutive = max_consecutive
+        self.max_lost_chunks = max_lost_chunks
+        self.lost_chunks: set[tuple[str, str]] = set()
         self.rejected = 0
         self.samples = 0
         self._run = 0
@@ -40,6 +45,14 @@ class RejectBudget:
     def add(self, rejects: Sequence[Reject], samples: int) -> None:
         """Counts one global batch: its rejects over all ranks and its number of samples."""
         self.samples += samples
+        self.lost_chunks |= {(lost.shard, lost.detail) for lost in rejects if lost.reason == LOST_CHUNK}
+        if len(self.lost_chunks) > self.max_lost_chunks:
+            raise DataError(
+                f"{len(self.lost_chunks)} chunks are lost, data.max_lost_chunks={self.max_lost_chunks} "
+                f"allowed; one of them: {': '.join(min(self.lost_chunks))}",
+                "check the storage, then start the same command again; or raise data.max_lost_chunks",
+            )
+        rejects = [reject for reject in rejects if reject.reason != LOST_CHUNK]
         self.rejected += len(rejects)
         for reject in sorted(rejects, key=lambda entry: entry.slot):
             self._first = self._first or f"{reject.key} in {reject.shard} ({reject.reason}: {reject.detail})"
@@ -77,6 +90,7 @@ class RejectBudget:
             "run": self._run,
             "run_end": self._run_end,
             "first": self._first,
+            "lost_chunks": sorted(map(list, self.lost_chunks)),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -84,3 +98,5 @@ class RejectBudget:
         self.rejected, self.samples = int(state["rejected"]), int(state["samples"])
         self._run, self._run_end = int(state["run"]), int(state["run_end"])
         self._first = str(state["first"])
+        # Checkpoints of 0.1 hold no such list.
+        self.lost_chunks = {(str(shard), str(detail)) for shard, detail in state.get("lost_chunks", ())}

@@ -1,6 +1,6 @@
 """Where shards come from: the list of shards a specification means, and reads of whole chunks.
 
-Only paths are read by random access in this version; `https:` and an allowed `pipe:` go to the stream reader.
+Paths are read here, remote shards in `remote`, compressed ones and allowed pipes by the stream reader.
 No part of a specification ever reaches a shell, an environment variable or webdataset's URL rewriting.
 """
 
@@ -13,11 +13,14 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from clipkit.types import ConfigError, DataError
 
 RETRIES = (0.1, 0.5, 2.0)  # seconds before each further attempt of a failing read
 MAX_OPEN_FILES = 128
+REMOTE_SCHEMES = ("https", "http", "s3", "gs", "hf")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(-?\d+)\.\.(-?\d+)$")
@@ -31,15 +34,40 @@ def scheme_of(spec: str) -> str:
     return match.group(1).lower() if match else ""
 
 
+class Unreadable(DataError):
+    """Bytes that are out of reach after every attempt; whether they changed is not known."""
+
+
+def changed(shard: str, found: str) -> DataError:
+    """Returns the error about a shard that is not what was indexed."""
+    return DataError(
+        f"{shard}: {found}: the shard changed after it was indexed", f"run: clipkit index --verify {shard}"
+    )
+
+
+def is_remote(shard: str) -> bool:
+    """Returns whether a shard lies on another machine."""
+    return scheme_of(shard) in REMOTE_SCHEMES
+
+
 def needs_stream(shard: str) -> bool:
-    """Returns whether a shard cannot be read by random access (compressed, remote or a pipe)."""
-    return scheme_of(shard) != "" or shard.lower().endswith((".gz", ".tgz"))
+    """Returns whether a shard cannot be read by random access (compressed, or a pipe)."""
+    path = shard.partition("?")[0] if is_remote(shard) else shard
+    return scheme_of(shard) == "pipe" or path.lower().endswith((".gz", ".tgz"))
 
 
 def check_scheme(spec: str, allow_pipe: bool) -> None:
-    """Raises ConfigError for a scheme that this version does not read or that must be allowed first."""
+    """Raises ConfigError for a scheme that is not read or that must be allowed first."""
     scheme = scheme_of(spec)
-    if scheme in ("", "https") or (scheme == "pipe" and allow_pipe):
+    if scheme == "http" and _host(spec) not in LOCAL_HOSTS:
+        raise ConfigError(
+            f"data.train is read over http: {spec!r}; anyone on the way could read and change it",
+            "write https:, or forward the port to localhost",
+        )
+    if scheme in REMOTE_SCHEMES:
+        _check_remote(spec)
+        return
+    if scheme == "" or (scheme == "pipe" and allow_pipe):
         return
     if scheme == "pipe":
         raise ConfigError(
@@ -48,9 +76,25 @@ def check_scheme(spec: str, allow_pipe: bool) -> None:
     if scheme == "file":
         raise ConfigError(f"data.train uses a file: address: {spec!r}", "write the plain path instead")
     raise ConfigError(
-        f"data.train has the scheme {scheme!r} in {spec!r}; read are paths, https: and allowed pipes",
+        f"data.train has the scheme {scheme!r} in {spec!r}; read are paths, {', '.join(REMOTE_SCHEMES)}",
         "copy or mount the shards and give their path",
     )
+
+
+def _host(spec: str) -> str:
+    try:
+        return urlsplit(spec).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _check_remote(spec: str) -> None:
+    path = spec.partition("?")[0]
+    if "*" in path or path.endswith("/"):
+        raise ConfigError(
+            f"data.train has a pattern or folder in {spec!r}; remote storage is not listed",
+            "name every shard with a range: prefix/{00000..00099}.tar",
+        )
 
 
 def expand_shards(spec: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
@@ -166,17 +210,13 @@ class LocalShards:
             except OSError as error:
                 self._forget(shard)
                 if delay is None or isinstance(error, FileNotFoundError | PermissionError):
-                    raise DataError(
+                    raise Unreadable(
                         f"{self.shards[shard]}: cannot be read at byte {begin} ({error.strerror or error})",
                         "check the storage, then start the same command again: it continues where it stopped",
                     ) from None
                 time.sleep(delay)
         if len(data) != end - begin:
-            raise DataError(
-                f"{self.shards[shard]}: {len(data)} of {end - begin} bytes at byte {begin}: "
-                "the shard changed after it was indexed",
-                f"run: clipkit index --verify {self.shards[shard]}",
-            )
+            raise changed(self.shards[shard], f"{len(data)} of {end - begin} bytes at byte {begin}")
         return data
 
     def _read(self, shard: int, begin: int, end: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The reader for shards without random access (gzip, https, an allowed pipe): webdataset's own, seeded.
+"""The reader for shards without random access (gzip, no ranges, an allowed pipe): webdataset's, seeded.
 
 Everything it yields is labelled exact=False: a resumed run reads its epoch from the start and skips, bad
 samples shift those after them, and a damaged tar can end early without a word. Members are never unpickled:
@@ -11,7 +11,6 @@ import gzip
 import random
 import subprocess
 import tarfile
-import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,13 +21,14 @@ import webdataset
 
 from clipkit import dist
 from clipkit.data.loader import TrainStream
-from clipkit.data.options import LoaderOptions
+from clipkit.data.options import DEFAULT_STORAGE, LoaderOptions, Storage
 from clipkit.data.order import ORDER_VERSION, hash_key, permutation
 from clipkit.data.ranges import RowRanges
 from clipkit.data.rejects import reject
+from clipkit.data.remote import RemoteShards
 from clipkit.data.rows import Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample, Unusable
-from clipkit.data.source import scheme_of
+from clipkit.data.source import is_remote, needs_stream, scheme_of
 from clipkit.data.targets import stored_widths
 from clipkit.data.waiting import while_others_wait
 from clipkit.types import ClipkitError, ConfigError, DataError
@@ -43,7 +43,7 @@ def open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world
 
     Reads every shard once to count the samples. Raises ConfigError or DataError, the same on every rank.
     """
-    count, widths = _surveyed(shards, recipe, options.max_consecutive, world)
+    count, widths = _surveyed(shards, recipe, options, world)
     recipe = replace(recipe.for_pairs(count), widths=widths)
     if options.batch_size % world.size:
         raise ConfigError(
@@ -68,7 +68,7 @@ def open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world
         "index_sha": None,
     }
     banner = {"samples": count, "shards": len(shards), "exact": False, "index": "none"}
-    reader = StreamReader(shards, recipe, options.batch_size, count, options.max_consecutive)
+    reader = StreamReader(shards, recipe, options, count)
     return TrainStream(reader, ranges, recipe, options, position, banner)
 
 
@@ -78,14 +78,13 @@ class StreamReader:
     Every reader goes through all shards and keeps its share, so that all ranks have equally many samples.
     """
 
-    def __init__(
-        self, shards: list[str], recipe: Recipe, batch_size: int, num_samples: int, max_consecutive: int
-    ) -> None:
+    def __init__(self, shards: list[str], recipe: Recipe, options: LoaderOptions, num_samples: int) -> None:
         self.shards = shards
         self.recipe = recipe
-        self.batch_size = batch_size
-        self.steps_per_epoch = num_samples // batch_size
-        self.max_consecutive = max_consecutive
+        self.batch_size = options.batch_size
+        self.steps_per_epoch = num_samples // options.batch_size
+        self.max_consecutive = options.max_consecutive
+        self.storage = options.storage
         self._next_step = -1
         self._samples: Iterator[tuple[int, dict[str, Any]]] = iter(())
 
@@ -130,7 +129,7 @@ class StreamReader:
         while True:
             mine = (
                 (at, sample)
-                for at, sample in enumerate(read_samples(shards))
+                for at, sample in enumerate(read_samples(shards, self.storage))
                 if first <= at % self.batch_size < end
             )
             yield from webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=shuffler)(mine)
@@ -139,14 +138,14 @@ class StreamReader:
         return {**self.__dict__, "_samples": iter(()), "_next_step": -1}
 
 
-def read_samples(shards: Iterable[str]) -> Iterator[dict[str, Any]]:
+def read_samples(shards: Iterable[str], storage: Storage = DEFAULT_STORAGE) -> Iterator[dict[str, Any]]:
     """Yields the samples of all shards in turn: {"__key__", "__url__", extension: bytes}.
 
     Raises DataError naming the shard.
     """
     for shard in shards:
         try:
-            with _opened(shard) as stream:
+            with _opened(shard, storage) as stream:
                 files = webdataset.tariterators.tar_file_expander([{"url": shard, "stream": stream}])
                 yield from webdataset.tariterators.group_by_keys(files)
         except _READ_ERRORS as error:
@@ -157,7 +156,7 @@ def read_samples(shards: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _opened(shard: str) -> Iterator[IO[bytes]]:
+def _opened(shard: str, storage: Storage) -> Iterator[IO[bytes]]:
     scheme = scheme_of(shard)
     if scheme == "pipe":
         command = shard[len("pipe:") :].strip()
@@ -177,9 +176,14 @@ def _opened(shard: str) -> Iterator[IO[bytes]]:
             process.stdout.close()
             process.terminate()
             process.wait()
-    elif scheme == "https":
-        with urllib.request.urlopen(shard, timeout=_TIMEOUT) as stream:
-            yield stream
+    elif is_remote(shard):
+        with RemoteShards(storage).whole(shard) as stream:
+            packed = needs_stream(shard)
+            body = gzip.GzipFile(fileobj=stream) if packed else stream
+            yield cast("IO[bytes]", body)
+            # An end of the connection before the end of the file is found only by reading on.
+            while body.read(1 << 20):
+                pass
     elif shard.lower().endswith((".gz", ".tgz")):
         # tarfile's own decompression takes a cut file for its end; gzip raises.
         with gzip.open(shard) as unpacked:
@@ -204,7 +208,7 @@ def _raw(members: dict[str, Any]) -> RawSample:
 
 
 def _surveyed(
-    shards: list[str], recipe: Recipe, limit: int, world: dist.World
+    shards: list[str], recipe: Recipe, options: LoaderOptions, world: dist.World
 ) -> tuple[int, tuple[int, ...]]:
     """The number of samples and widths of stored vectors, as the main rank finds them; errors reach all."""
 
@@ -212,8 +216,9 @@ def _surveyed(
         if not world.is_main and dist.World.current().size > 1:
             return None
         try:
-            widths = stored_widths(map(_raw, read_samples(shards)), recipe.stored, limit)
-            return sum(1 for _ in read_samples(shards)), widths
+            samples = read_samples(shards, options.storage)
+            widths = stored_widths(map(_raw, samples), recipe.stored, options.max_consecutive)
+            return sum(1 for _ in read_samples(shards, options.storage)), widths
         except ClipkitError as error:
             return error
 

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from clipkit.data.options import LoaderOptions
 from clipkit.data.order import EpochOrder, Order
-from clipkit.data.rejects import reject
+from clipkit.data.rejects import LOST_CHUNK, reject
+from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample, Unusable, parse_chunk
-from clipkit.data.source import LocalShards
+from clipkit.data.source import Unreadable
 from clipkit.data.tar_index import Index
+from clipkit.redaction import redact
 from clipkit.types import DataError, Reject
+
+Found = RawSample | Unusable
+"""A sample, or why its bytes are not there."""
 
 
 class _Loaded(NamedTuple):
     start: int
     ids: list[int]
-    samples: dict[int, RawSample]
+    samples: dict[int, Found]
 
 
 class WindowReader:
     """Builds rows of global batches from indexed shards. Picklable; holds one window per lane it reads.
 
     A sample that cannot be used is replaced by the next good one of its window (cyclic), and if the window
-    has none, by the samples that follow it in the shards. All other positions stay as they are.
+    has none, by the samples that follow it in the shards. All other positions stay as they are. So are the
+    samples of a chunk that cannot be read, up to `max_lost_chunks` of them in this process.
     """
 
-    def __init__(self, index: Index, order: Order, recipe: Recipe, max_consecutive: int) -> None:
+    def __init__(
+        self, index: Index, order: Order, recipe: Recipe, options: LoaderOptions, source: ShardBytes
+    ) -> None:
         self.index = index
         self.order = order
         self.recipe = recipe
-        self.max_consecutive = max_consecutive
-        self._source = LocalShards(index.shards)
+        self.max_consecutive = options.max_consecutive
+        self.max_lost_chunks = options.max_lost_chunks
+        self._source = source
+        self._lost: set[tuple[int, int]] = set()
         self._epoch: EpochOrder | None = None
         self._windows: dict[int, _Loaded] = {}
 
@@ -59,26 +71,28 @@ class WindowReader:
             yield self._row(window, position - window.start, within * self.order.batch_size + row)
 
     def _row(self, window: _Loaded, at: int, slot: int) -> Row:
-        refused: list[tuple[RawSample, int, Unusable]] = []
+        refused: list[tuple[str, int, Unusable]] = []
         for sample_id, sample in self._candidates(window, at):
             try:
+                if isinstance(sample, Unusable):
+                    raise sample
                 content = self.recipe.prepare(sample)
             except Unusable as problem:
-                refused.append((sample, sample_id, problem))
+                refused.append((self._key(sample_id, sample), sample_id, problem))
                 if len(refused) >= self.max_consecutive:
                     break
                 continue
             # Only the slot's own sample: those passed over after it are counted in their own slots.
             rejects = tuple(self._reject(first, slot, sample.key) for first in refused[:1])
             return Row(slot, sample_id, sample.key, content, rejects)
-        sample, sample_id, why = refused[0]
+        key, sample_id, why = refused[0]
         raise DataError(
-            f"{len(refused)} unusable samples in a row, the first: {sample.key} in {self._shard(sample_id)} "
+            f"{len(refused)} unusable samples in a row, the first: {key} in {self._shard(sample_id)} "
             f"({why.reason}: {why.detail})",
             "repair the shards, or raise data.max_consecutive",
         )
 
-    def _candidates(self, window: _Loaded, at: int) -> Iterator[tuple[int, RawSample]]:
+    def _candidates(self, window: _Loaded, at: int) -> Iterator[tuple[int, Found]]:
         ids = window.ids
         for step in range(len(ids)):
             sample_id = ids[(at + step) % len(ids)]
@@ -88,9 +102,14 @@ class WindowReader:
             if sample_id not in window.samples:
                 yield sample_id, self._read(*self.index.locate(sample_id), 1)[sample_id]
 
-    def _reject(self, rejected: tuple[RawSample, int, Unusable], slot: int, substitute: str) -> Reject:
-        sample, sample_id, problem = rejected
-        return reject(sample.key, self._shard(sample_id), problem, slot, substitute)
+    def _reject(self, rejected: tuple[str, int, Unusable], slot: int, substitute: str) -> Reject:
+        key, sample_id, problem = rejected
+        return reject(key, self._shard(sample_id), problem, slot, substitute)
+
+    def _key(self, sample_id: int, sample: Found) -> str:
+        if isinstance(sample, RawSample):
+            return sample.key
+        return f"sample {self.index.locate(sample_id)[1]}"
 
     def _shard(self, sample_id: int) -> str:
         return self.index.shards[self.index.locate(sample_id)[0]]
@@ -103,19 +122,42 @@ class WindowReader:
         within = ids - self.index.first_id[shards]
         # One read per chunk: a new one starts where the shard or the chunk number changes.
         pieces = np.flatnonzero(np.diff(shards) | np.diff(within // self.order.chunk_size)) + 1
-        samples: dict[int, RawSample] = {}
+        samples: dict[int, Found] = {}
         for run in np.split(np.arange(len(ids)), pieces):
             first, last = int(run[0]), int(run[-1])
             shard = int(shards[first])
             samples |= self._read(shard, int(within[first]), int(within[last] - within[first]) + 1)
         return _Loaded(window.start, window.ids.tolist(), samples)
 
-    def _read(self, shard: int, first: int, count: int) -> dict[int, RawSample]:
-        return read_samples(self.index, self._source, shard, first, count)
+    def _read(self, shard: int, first: int, count: int) -> Mapping[int, Found]:
+        """Samples first..first+count of a shard, all of one chunk, by id."""
+        try:
+            return read_samples(self.index, self._source, shard, first, count)
+        except Unreadable as problem:
+            size = self.order.chunk_size
+            chunk = first // size * size
+            self._lose(shard, chunk, problem)
+            end = min(chunk + size, int(self.index.counts[shard]))
+            # The same words for every sample of the chunk: losses are counted by them (see RejectBudget).
+            why = Unusable(LOST_CHUNK, f"samples {chunk} to {end - 1} of the shard cannot be read")
+            first_id = int(self.index.first_id[shard]) + first
+            return dict.fromkeys(range(first_id, first_id + count), why)
+
+    def _lose(self, shard: int, chunk: int, problem: Unreadable) -> None:
+        self._lost.add((shard, chunk))
+        if len(self._lost) <= self.max_lost_chunks:
+            print(redact(f"lost a chunk: {problem.cause}"), file=sys.stderr, flush=True)
+        elif self.max_lost_chunks:
+            raise Unreadable(
+                f"{problem.cause}; more than data.max_lost_chunks={self.max_lost_chunks} chunks are lost",
+                problem.cure,
+            )
+        else:
+            raise problem
 
 
 def read_samples(
-    index: Index, source: LocalShards, shard: int, first: int, count: int
+    index: Index, source: ShardBytes, shard: int, first: int, count: int
 ) -> dict[int, RawSample]:
     """Returns samples first..first+count of a shard by id, with one read."""
     stored, number, begin, end = index.span(shard, first, first + count - 1)
@@ -125,8 +167,7 @@ def read_samples(
     return {first_id + at: parsed[at - stored] for at in range(first, first + count)}
 
 
-def first_samples(index: Index) -> Iterator[RawSample]:
+def first_samples(index: Index, source: ShardBytes) -> Iterator[RawSample]:
     """Yields the samples in the order of the shards, each with a read of its own."""
-    source = LocalShards(index.shards)
     for sample_id in range(index.num_samples):
         yield read_samples(index, source, *index.locate(sample_id), 1)[sample_id]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.evaluation.embed import Encoder
+from clipkit.redaction import redact_all
 from clipkit.types import ConfigError
 
 PACKAGES = {
@@ -71,7 +72,7 @@ def build_result(
 def write_result(result: Mapping[str, Any], path: str | Path) -> Path:
     """Writes the result as JSON, complete or not at all; returns the path. Parent folders are made."""
     path = Path(path)
-    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(redact_all(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

@@ -68,7 +68,8 @@ def pretrain(
 
 def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: Heartbeat) -> dict[str, Any]:
     kept = None if found is None else kept_evaluation(run, found)
-    budget = RejectBudget(run.config.data.max_reject_fraction, run.config.data.max_consecutive)
+    data = run.config.data
+    budget = RejectBudget(data.max_reject_fraction, data.max_consecutive, data.max_lost_chunks)
     state = TrainState() if found is None else restore(run, found, budget)
     if run.world.is_main:
         if found is None:

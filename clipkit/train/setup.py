@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from clipkit import optim
 from clipkit.config import Config, check_schedule
 from clipkit.data.loader import TrainStream, open_train
-from clipkit.data.options import CaptionField, LoaderOptions, Source
+from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
 from clipkit.dist import World
 from clipkit.learner import Learner, freeze_unused, needs_of
 from clipkit.models.ema import WeightEMA
@@ -162,8 +162,12 @@ def open_stream(
         max_pixels=data.max_pixels,
         max_reject_fraction=data.max_reject_fraction,
         max_consecutive=data.max_consecutive,
+        max_lost_chunks=data.max_lost_chunks,
         allow_pipe=data.allow_pipe,
         start_method=data.start_method,
+        on_no_range=data.on_no_range,
+        index_dir=data.index_dir,
+        storage=Storage(data.storage.endpoint, data.storage.region, data.storage.profile),
     )
     return open_train(
         options, views.images, views.texts, world, saved=saved, labels=needs.labels, stored=needs.stored

@@ -13,6 +13,7 @@ from typing import Any
 from clipkit.config import load_config
 from clipkit.dist import World
 from clipkit.evaluation import write_result
+from clipkit.redaction import redact
 from clipkit.train.loop import Interrupted
 from clipkit.train.pretrain import pretrain
 from clipkit.types import ClipkitError, ConfigError
@@ -102,7 +103,7 @@ def sweep(
     runs = []
     for combination in itertools.product(*swept.values()):
         values = dict(zip(swept, combination, strict=True))
-        folder = directory / "+".join(_safe(f"{key}={value}") for key, value in values.items())
+        folder = directory / "+".join(_safe(redact(f"{key}={value}")) for key, value in values.items())
         changes = [*plain, *(f"{key}={value}" for key, value in values.items())]
         runs.append((values, folder, load_config(config, [*changes, f"run.dir={json.dumps(str(folder))}"])))
     if len({folder for _, folder, _ in runs}) < len(runs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,16 @@ def test_refusals_name_key_and_value() -> None:
         Order(np.array([100]), 8, 3, 4, 4, 0)
     with pytest.raises(ConfigError, match="1, 2, 4, 8"):
         RowRanges(24, 8, World(0, 3), 0)
+
+
+def test_memory_of_an_epoch_is_below_30_bytes_per_chunk() -> None:
+    """500 million samples are 7.85 million chunks: 300 MB for a process must hold them and its index."""
+    order = Order(np.full(2000, 10_000), 4096, 512, 64, 8, 0)
+    tracemalloc.start()
+    try:
+        epoch = order.epoch(1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 30 * order.num_chunks
+    assert len(epoch.window_at(0, 0).ids) == 512

@@ -114,7 +114,8 @@ def test_shards_are_those_of_webdataset_and_it_reads_them(tmp_path: Path) -> Non
 
 
 def test_strict_index_counts_the_samples(tmp_path: Path) -> None:
-    from clipkit.data.tar_index import build_index, expand_shards
+    from clipkit.data.indexing import build_index
+    from clipkit.data.source import expand_shards
 
     write_train_shards(map(sample, range(130)), tmp_path, samples_per_shard=100)
     assert build_index(expand_shards(str(tmp_path))).num_samples == 130

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import webdataset
 
-import clipkit.data.scan
+import clipkit.data.indexing
 import clipkit.data.tar_index
+from clipkit.data.indexing import build_index
 from clipkit.data.scan import scan_shard
 from clipkit.data.source import LocalShards, expand_shards
 from clipkit.data.tar_format import split_name
-from clipkit.data.tar_index import build_index
 from clipkit.types import ConfigError, DataError
 from tests.data.makers import good, stream, write_shards, write_tar
 
@@ -253,7 +253,7 @@ def test_cache_is_used_and_follows_the_files(shard: Path, monkeypatch: pytest.Mo
     assert first.file is not None
     assert Path(first.file).parent == shard.parent
     with monkeypatch.context() as patch:
-        patch.setattr(clipkit.data.tar_index, "scan_shard", None)
+        patch.setattr(clipkit.data.indexing, "scan_shard", None)
         again = build_index([str(shard)])
     assert again.sha == first.sha
     write_tar(shard, [good(number) for number in range(21)])
@@ -301,7 +301,7 @@ def test_large_sets_are_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Beyond the dense limit every 16th offset is kept; batches stay what the order says."""
     folder = write_shards(tmp_path / "set", [40, 33, 1, 16, 17])
     dense = build_index(expand_shards(str(folder)), cache_dir=tmp_path / "dense")
-    monkeypatch.setattr(clipkit.data.tar_index, "DENSE_SAMPLES", 50)
+    monkeypatch.setattr(clipkit.data.indexing, "DENSE_SAMPLES", 50)
     sparse = build_index(expand_shards(str(folder)), cache_dir=tmp_path / "sparse")
     assert (sparse.stride, sparse.sha) == (16, dense.sha)
     assert sparse.counts.tolist() == dense.counts.tolist()
@@ -385,8 +385,12 @@ def test_long_lists_are_checked_for_repeats_in_no_time() -> None:
         ("pipe:cat a.tar", ConfigError, "shell command"),
         ("PIPE:touch canary", ConfigError, "shell command"),
         ("file:///etc/passwd", ConfigError, "file:"),
-        ("http://169.254.169.254/a.tar", ConfigError, "scheme 'http'"),
-        ("s3://bucket/{000..003}.tar", ConfigError, "scheme 's3'"),
+        ("http://169.254.169.254/a.tar", ConfigError, "read over http"),
+        ("http://localhost@host/a.tar", ConfigError, "read over http"),
+        ("http://{localhost,host}/a.tar", ConfigError, "read over http"),
+        ("ftp://host/a.tar", ConfigError, "scheme 'ftp'"),
+        ("s3://bucket/*.tar", ConfigError, "not listed"),
+        ("https://host/folder/", ConfigError, "not listed"),
     ],
 )
 def test_refused_specifications(spec: str | list[str], kind: type[Exception], words: str) -> None:
