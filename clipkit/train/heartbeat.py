@@ -192,8 +192,17 @@ class Heartbeat:
                 signs = read_signs(self.folder)
                 if self.doing not in PATIENT or missing(signs, self.world.rank, self.timeout):
                     self._leave(f"no progress for {waited:.0f} s after step {self.step}")
-            elif waited > GONE_AFTER_S and any(sign.gone for sign in read_signs(self.folder)):
+            elif waited > GONE_AFTER_S and self._someone_is_gone():
                 self._leave(f"step {self.step + 1} waits in vain")
+
+    def _someone_is_gone(self) -> bool:
+        # Which processes there are does not change: thousands of ranks need not read each other's files every
+        # few seconds. One that has ended may have said so: then its file tells.
+        if len(self._known) < self.world.size:
+            self._known = {sign.rank: sign for sign in read_signs(self.folder)}
+        if not any(sign.gone for sign in self._known.values()):
+            return False
+        return any(sign.gone for sign in read_signs(self.folder))
 
     def _lost(self, what: str) -> ClipkitError:
         # A machine that is lost cannot say so: wait until its silence does.
