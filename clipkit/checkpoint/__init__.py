@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipkit.checkpoint.lock import process_start, run_lock
 from clipkit.checkpoint.logs import log_lengths, truncate_logs
+from clipkit.checkpoint.manifest import versions
 from clipkit.checkpoint.record import Checkpoint, Skipped
 from clipkit.checkpoint.rng import capture_rng, derive_rng, restore_rng
 from clipkit.checkpoint.signals import StopSignals
@@ -26,4 +27,5 @@ __all__ = [
     "restore_rng",
     "run_lock",
     "truncate_logs",
+    "versions",
 ]

@@ -46,6 +46,8 @@ def _rehearsal(report: Mapping[str, Any]) -> str:
     ]
     if report["stored_once_bytes"]:
         rows.append(["frozen weights", f"{size(report['stored_once_bytes'])}, stored once"])
+    if "deterministic_slowdown" in report:
+        rows.append(["run.deterministic", f"{report['deterministic_slowdown']:.2f} x the time of a step"])
     # The summary begins like the banner of a run: parameters, data, length, world sizes that can resume.
     return "\n".join([*report["summary"], table(rows)])
 

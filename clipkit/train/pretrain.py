@@ -18,7 +18,7 @@ from clipkit.train.evaluate import check_data
 from clipkit.train.heartbeat import Heartbeat
 from clipkit.train.loop import Loop, write_config
 from clipkit.train.rehearsal import describe, rehearse
-from clipkit.train.resume import continue_rng, find_checkpoint, kept_evaluation
+from clipkit.train.resume import continue_rng, find_checkpoint, guarantee, kept_evaluation
 from clipkit.train.setup import Run, make_accelerator, prepare
 from clipkit.train.state import LOGS, TrainState, restore
 
@@ -85,11 +85,7 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: 
             log.note(f"warning: skipped checkpoint {path}: {reason}")
         if found is not None:
             log.note(f"continuing {found.path} at step {state.step} of {run.total_steps}")
-            if found.world_size != run.world.size:
-                log.note(
-                    f"{found.world_size} -> {run.world.size} process(es): same samples and order, "
-                    "losses equal up to floating-point order, dropout drawn anew"
-                )
+            log.note(guarantee(run, found))
         with StopSignals() as signals, heartbeat:
             loop = Loop(run, state, store, budget, log, signals, heartbeat)
             if kept is not None:

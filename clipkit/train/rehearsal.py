@@ -44,26 +44,10 @@ def rehearse(run: Run) -> dict[str, Any]:
     """Runs a few real steps and returns the cost of the whole run; writes no files.
 
     samples_per_s and seconds_left come from the steps after the first; memory is the peak of this
-    process in bytes (on CUDA: of the device).
+    process in bytes (on CUDA: of the device). deterministic_slowdown, with run.deterministic: the time of a
+    step over that of one without.
     """
-    seconds: list[float] = []
-    steps = min(MEASURED_STEPS, run.total_steps)
-    began = time.perf_counter()
-    for batch in run.stream.batches(0, steps):
-        step(
-            run.learner,
-            run.accelerator,
-            run.optimizer,
-            batch.to(run.accelerator.device),
-            micro_batch=run.micro_batch,
-            clip_norm=run.config.optim.clip_norm,
-        )
-        run.bare.after_step(0, 0.0)
-        seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
-    # The first step pays for worker start, allocation and kernel selection.
-    typical = sorted(seconds[1:] or seconds)[len(seconds[1:] or seconds) // 2]
-    (slowest,) = dist.agree([typical])
+    slowest = _typical_step(run)
     rate = run.config.data.batch_size / slowest
     moving, fixed = divide(run.bare)
     moments = sum(
@@ -82,7 +66,42 @@ def rehearse(run: Run) -> dict[str, Any]:
         "stored_once_bytes": tensor_bytes(fixed.values()),
         "checkpoints_kept": run.config.run.keep_checkpoints,
         "world_sizes": run.stream.world_sizes(),
+        **(
+            {"deterministic_slowdown": slowest / _as_fast_as_can_be(run)}
+            if run.config.run.deterministic
+            else {}
+        ),
     }
+
+
+def _typical_step(run: Run) -> float:
+    """Returns the median seconds of a few steps of the slowest rank, and changes the weights by them."""
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for batch in run.stream.batches(0, min(MEASURED_STEPS, run.total_steps)):
+        step(
+            run.learner,
+            run.accelerator,
+            run.optimizer,
+            batch.to(run.accelerator.device),
+            micro_batch=run.micro_batch,
+            clip_norm=run.config.optim.clip_norm,
+        )
+        run.bare.after_step(0, 0.0)
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    # The first step pays for worker start, allocation and kernel selection.
+    typical = sorted(seconds[1:] or seconds)[len(seconds[1:] or seconds) // 2]
+    return dist.agree([typical])[0]
+
+
+def _as_fast_as_can_be(run: Run) -> float:
+    """Returns the seconds of a step whose kernels need not be deterministic."""
+    torch.use_deterministic_algorithms(False)
+    try:
+        return _typical_step(run)
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def peak_memory(device: torch.device) -> int:

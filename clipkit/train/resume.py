@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit import dist
-from clipkit.checkpoint import Checkpoint, CheckpointStore, derive_rng, restore_rng
+from clipkit.checkpoint import Checkpoint, CheckpointStore, derive_rng, restore_rng, versions
 from clipkit.config import Config, read_values
 from clipkit.train.setup import Run
 from clipkit.train.state import belongs
@@ -107,3 +107,27 @@ def continue_rng(run: Run, found: Checkpoint | None) -> None:
         derive_rng(run.config.run.seed, found.step, run.world.rank)
     else:
         restore_rng(states)
+
+
+def guarantee(run: Run, found: Checkpoint) -> str:
+    """Returns what holds of a run that continues: exact to the last bit, up to rounding, or neither."""
+    if not run.stream.exact:
+        return (
+            "at least once: this source cannot be indexed, so up to a shard per worker and the samples of "
+            "its shuffle buffer are seen again or missed"
+        )
+    same = "same samples, order and augmentations"
+    if found.world_size != run.world.size:
+        return (
+            f"{found.world_size} -> {run.world.size} process(es): {same}; losses equal up to floating-point "
+            "order, dropout drawn anew"
+        )
+    then, now = (named.get("torch") for named in (found.manifest["versions"], versions()))
+    if then != now:
+        return f"torch {then} -> {now}: {same} and random states; losses equal up to floating-point order"
+    if run.accelerator.device.type != "cpu" and not run.config.run.deterministic:
+        return (
+            f"{same} and random states; losses within the spread of two uninterrupted runs on "
+            f"{run.accelerator.device.type} (run.deterministic: true makes them equal bit for bit)"
+        )
+    return f"{same} and random states; on the same kind of machine the losses of an unbroken run, bit for bit"

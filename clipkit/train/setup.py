@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import random
 import time
 import warnings
@@ -70,6 +71,9 @@ def make_accelerator(precision: str, deterministic: bool = False, timeout: float
     DDP looks for unused parameters so that the last backward of a cached step reduces what the earlier
     ones left, and never rebuilds its buckets: rebuilt buckets add in another order after a resume.
     """
+    if deterministic:
+        # cuBLAS reads it once, when CUDA starts (CUDA Toolkit, "Results reproducibility").
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # One process may run several times (tests, quickstart); Accelerate would keep the first precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

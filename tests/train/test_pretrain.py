@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipkit.checkpoint import CheckpointStore, CheckpointWriteError
+from clipkit.cli.training import _rehearsal as rehearsal_table
 from clipkit.config import make_config
 from clipkit.evaluation.probe import probe
 from clipkit.evaluation.retrieval import retrieval
@@ -59,6 +60,17 @@ def test_a_dry_run_reports_costs_and_writes_nothing(tiny_shards: Path, tmp_path:
     # Weights, averaged weights and two moments of each, in fp32.
     assert report["checkpoint_bytes"] == pytest.approx(4 * 4 * report["parameters"], rel=0.05)
     assert report["world_sizes"] == [1, 2, 3, 4, 6, 12]
+    assert "deterministic_slowdown" not in report
+
+
+def test_a_dry_run_says_what_deterministic_kernels_cost(tiny_shards: Path, tmp_path: Path) -> None:
+    try:
+        report = pretrain(values(tiny_shards, tmp_path / "run", run__deterministic=True), dry_run=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0.05 < report["deterministic_slowdown"] < 20
+    assert "x the time of a step" in rehearsal_table(report)
 
 
 def test_another_configuration_is_refused_with_the_differing_keys(tiny_shards: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import clipkit
+from clipkit.checkpoint import Checkpoint, versions
+from clipkit.dist import World
 from clipkit.train import pretrain
+from clipkit.train.resume import guarantee
 from clipkit.types import ConfigError
 from tests.conftest import Ranks
 from tests.objectives.entries import ENTRIES
@@ -195,3 +199,30 @@ def test_a_named_checkpoint_cuts_the_logs_of_its_own_run_only(tiny_shards: Path,
     assert trace(tmp_path / "one") == kept
     assert len(log.read_text().splitlines()) == len(before)
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+def test_a_continued_run_says_what_is_exact() -> None:
+    def said(
+        exact: bool = True, world: int = 2, torch_version: str = "", device: str = "cpu", fixed: bool = False
+    ) -> str:
+        run = SimpleNamespace(
+            stream=SimpleNamespace(exact=exact),
+            world=World(0, world),
+            accelerator=SimpleNamespace(device=torch.device(device)),
+            config=SimpleNamespace(run=SimpleNamespace(deterministic=fixed)),
+        )
+        manifest = {
+            "world_size": 2,
+            "versions": {"torch": torch_version or versions()["torch"]},
+            "identity": {},
+        }
+        return guarantee(run, Checkpoint(Path(), 3, manifest))  # type: ignore[arg-type]
+
+    assert said().endswith("bit for bit")
+    assert said(device="cuda", fixed=True).endswith("bit for bit")
+    assert "spread of two uninterrupted runs on cuda (run.deterministic: true" in said(device="cuda")
+    assert said(world=4).startswith("2 -> 4 process(es): same samples")
+    assert "torch 1.0 -> " in said(torch_version="1.0")
+    assert said(exact=False).startswith("at least once")
+    for changes in ({"world": 4}, {"torch_version": "1.0"}, {"exact": False}):
+        assert "bit for bit" not in said(**changes)  # type: ignore[arg-type]
