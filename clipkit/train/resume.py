@@ -113,8 +113,8 @@ def guarantee(run: Run, found: Checkpoint) -> str:
     """Returns what holds of a run that continues: exact to the last bit, up to rounding, or neither."""
     if not run.stream.exact:
         return (
-            "at least once: this source cannot be indexed, so up to a shard per worker and the samples of "
-            "its shuffle buffer are seen again or missed"
+            "not exact: this source cannot be indexed, its epoch is read from the start and passed over, and "
+            "samples may be seen again or missed"
         )
     same = "same samples, order and augmentations"
     if found.world_size != run.world.size:
