@@ -5,6 +5,7 @@ Everything here is the identity on one process, so callers never ask whether the
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,14 +111,24 @@ def agree(values: Sequence[float], how: str = "max") -> list[float]:
     return [float(value) for value in tensor]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Returns the values of all ranks in rank order (small picklable metadata between our own processes)."""
     world = World.current()
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def background_group(timeout_s: float) -> Any:
+    """Returns a group of all ranks for a thread beside the training, None on one process; all ranks call it.
+
+    Collectives of one group must come in one order on all ranks, which two threads cannot promise.
+    """
+    if World.current().size == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def barrier() -> None:

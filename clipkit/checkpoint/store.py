@@ -56,10 +56,12 @@ class CheckpointStore:
 
     `folder` is `RUN/checkpoints`; the `keep` (at least 2) newest valid ones survive pruning. `skipped` holds
     what the last `newest` passed over. `warnings` (rank 0) collects lines about what went wrong without
-    costing a checkpoint; the caller prints and clears it.
+    costing a checkpoint; the caller prints and clears it. `group`: what its collectives run in.
     """
 
-    def __init__(self, folder: Path | str, world: World | None = None, keep: int = MIN_KEEP) -> None:
+    def __init__(
+        self, folder: Path | str, world: World | None = None, keep: int = MIN_KEEP, group: Any = None
+    ) -> None:
         if keep < MIN_KEEP:
             raise ConfigError(
                 f"run.keep_checkpoints is {keep}",
@@ -68,6 +70,7 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.world = World.current() if world is None else world
         self.keep = keep
+        self._group = group
         self.skipped: list[Skipped] = []
         self.warnings: list[str] = []
         self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
@@ -152,7 +155,7 @@ class CheckpointStore:
     # ---------------------------------------------------------------- one answer for all ranks
 
     def _share(self, value: T) -> list[T]:
-        return gather_objects(value) if self.world.size > 1 else [value]
+        return gather_objects(value, self._group) if self.world.size > 1 else [value]
 
     def _decide(self, work: Callable[[], T]) -> T:
         """Returns on every rank what rank 0's `work` returned, or raises its ClipkitError on every rank."""

@@ -339,6 +339,7 @@ class RunConfig(Section):
     timeout: how long ranks wait for one that is missing. max_skipped_steps: so many in a row end the run;
     None: 10, under fp16 50. on_spike: what a step does whose loss leaps (clipkit.train.spikes says when):
     warn; skip its update; or rollback, to the newest checkpoint and past the batches before the leap.
+    background_save: checkpoints are written while training goes on, from a copy in host memory.
     """
 
     dir: Text | None = None
@@ -349,6 +350,7 @@ class RunConfig(Section):
     seed: Whole = 0
     checkpoint_every: Every = "30min"
     keep_checkpoints: Count = 2
+    background_save: bool = True
     evaluate_every: OptionalEvery = None
     evaluate: Annotated[tuple[EvaluateConfig, ...], BeforeValidator(as_tuple)] = ()
     log_every: Count = 10

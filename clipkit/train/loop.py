@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit import dist, optim
-from clipkit.checkpoint import CheckpointStore, CheckpointWriteError, StopSignals
+from clipkit.checkpoint import CheckpointStore, StopSignals
 from clipkit.config import parse_interval
 from clipkit.data.rejects import RejectBudget
 from clipkit.log import RunLog
@@ -21,14 +21,13 @@ from clipkit.train.evaluate import evaluate
 from clipkit.train.guards import Guard
 from clipkit.train.heartbeat import Heartbeat
 from clipkit.train.rollback import roll_back
+from clipkit.train.saving import Saver
 from clipkit.train.setup import Run
 from clipkit.train.spikes import Spike
-from clipkit.train.state import TrainState, save
+from clipkit.train.state import TrainState
 from clipkit.train.step import StepResult, step
 from clipkit.train.watch import Watch
 from clipkit.types import Batch, ClipkitError, Reject
-
-MAX_FAILED_SAVES = 3
 
 
 class Interrupted(ClipkitError):
@@ -65,11 +64,11 @@ class Loop:
     signals: StopSignals
     heartbeat: Heartbeat
     clock: Clock = field(default_factory=Clock)
-    failed_saves: int = 0
     saved_at: float = field(default_factory=time.monotonic)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     watch: Watch = field(init=False)
     guard: Guard = field(init=False)
+    saver: Saver = field(init=False)
     evaluated_step: int = -1
     evaluated_at: float = field(default_factory=time.monotonic)
     trained: float = 0.0  # seconds of this process in steps and waiting for their data
@@ -77,12 +76,16 @@ class Loop:
     def __post_init__(self) -> None:
         self.watch = Watch(self.run.bare, self.run.config.data.batch_size, self.log)
         self.guard = Guard(self.run, self.state, self.log)
+        self.saver = Saver(self.run, self.store, self.log)
 
     def train(self, continue_rng: Callable[[], None]) -> None:
         """Runs from the state's step to the last one; `continue_rng` restores the generators."""
-        self._catch_up()
-        while (spike := self._train(continue_rng)) is not None:
-            continue_rng = self._roll_back(spike)
+        try:
+            self._catch_up()
+            while (spike := self._train(continue_rng)) is not None:
+                continue_rng = self._roll_back(spike)
+        finally:
+            self.saver.leave()
 
     def _train(self, continue_rng: Callable[[], None]) -> Spike | None:
         """Returns None at the last step, or the spike that asks for a rollback before it."""
@@ -120,6 +123,7 @@ class Loop:
 
     def _roll_back(self, spike: Spike) -> Callable[[], None]:
         """Goes back to the newest checkpoint; returns what restores its random states."""
+        self.saver.settle()
         self.state, kept, continue_rng = roll_back(
             self.run, self.store, self.state, self.budget, self.log, spike
         )
@@ -194,11 +198,14 @@ class Loop:
             len(rejects),
             time.monotonic() - self.saved_at,
             time.monotonic() - self.evaluated_at,
+            self.saver.busy,
         ]
         # Clocks differ between ranks, and what one rank decides all must do: one agreement for everything.
-        stop, save_asked, rejected, unsaved, unevaluated = dist.agree(
+        stop, save_asked, rejected, unsaved, unevaluated, busy = dist.agree(
             [float(value) for value in asked], "max"
         )
+        if not busy:
+            self.saver.settle()
         self._count(rejects, bool(rejected))
         last = state.step == run.total_steps
         due = parse_interval(config.checkpoint_every).due(state.step, run.total_steps, unsaved)
@@ -234,6 +241,8 @@ class Loop:
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
+        # Its workers are forked, which a thread that is writing may not survive in the child.
+        self.saver.settle()
         self.heartbeat.at(self.state.step, "evaluating")
         self.metrics = evaluate(self.run, self.log.note)
         self.evaluated_step, self.evaluated_at = self.state.step, time.monotonic()
@@ -244,18 +253,9 @@ class Loop:
     def _save(self, must_succeed: bool) -> None:
         began = time.perf_counter()
         self.heartbeat.at(self.state.step, "saving a checkpoint")
-        try:
-            save(self.run, self.store, self.state, self.budget)
-        except CheckpointWriteError as error:
-            self.failed_saves += 1
-            self.log.note(f"warning: {error.cause} ({error.cure})")
-            if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
-                raise
-        else:
-            self.failed_saves = 0
-        for line in self.store.warnings:
-            self.log.note(f"warning: {line}")
-        self.store.warnings.clear()
+        self.saver.begin(self.state, self.budget)
+        if must_succeed or not self.run.config.run.background_save:
+            self.saver.settle(must_succeed)
         self.saved_at = time.monotonic()
         self.clock.began += time.perf_counter() - began
 

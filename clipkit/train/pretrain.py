@@ -19,7 +19,7 @@ from clipkit.train.heartbeat import Heartbeat
 from clipkit.train.loop import Loop, write_config
 from clipkit.train.rehearsal import describe, rehearse
 from clipkit.train.resume import continue_rng, find_checkpoint, guarantee, kept_evaluation
-from clipkit.train.setup import Run, make_accelerator, prepare
+from clipkit.train.setup import COLLECTIVE_GRACE_S, Run, make_accelerator, prepare
 from clipkit.train.state import LOGS, TrainState, restore
 
 
@@ -54,7 +54,8 @@ def pretrain(
         finally:
             run.stream.close()
     with run_lock(folder):
-        store = CheckpointStore(folder / "checkpoints", world, keep=config.run.keep_checkpoints)
+        group = dist.background_group(timeout + COLLECTIVE_GRACE_S)
+        store = CheckpointStore(folder / "checkpoints", world, config.run.keep_checkpoints, group)
         heartbeat = Heartbeat(folder, world, timeout)
         heartbeat.prepare()
         store.prepare()

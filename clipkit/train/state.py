@@ -10,7 +10,6 @@ from torch import Tensor
 
 from clipkit.checkpoint import (
     Checkpoint,
-    CheckpointStore,
     capture_rng,
     load_module_tensors,
     load_optimizer_tensors,
@@ -47,8 +46,8 @@ class TrainState:
     passed: list[int] = field(default_factory=list)
 
 
-def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudget) -> Path:
-    """Writes a checkpoint of the run through the commit protocol; returns its folder. All ranks call it."""
+def snapshot(run: Run, state: TrainState, budget: RejectBudget) -> dict[str, Any]:
+    """Returns what `CheckpointStore.save` is given; the tensors are those of the run, no copies."""
     towers = run.bare.towers
     documents: dict[str, dict[str, Any]] = {
         "trainer": {
@@ -65,14 +64,14 @@ def save(run: Run, store: CheckpointStore, state: TrainState, budget: RejectBudg
     }
     named = dict(run.bare.named_parameters())
     moving, fixed = divide(run.bare)
-    return store.save(
-        state.step,
-        tensors={"model": moving, "optimizer": optimizer_tensors(run.optimizer.optimizer, named)},
-        fixed={"model": fixed} if fixed else {},
-        rank_tensors=capture_rng(),
-        documents=documents,
-        identity={"parameters": sum(p.numel() for p in named.values()), "seed": run.config.run.seed},
-    )
+    return {
+        "step": state.step,
+        "tensors": {"model": moving, "optimizer": optimizer_tensors(run.optimizer.optimizer, named)},
+        "fixed": {"model": fixed} if fixed else {},
+        "rank_tensors": capture_rng(),
+        "documents": documents,
+        "identity": {"parameters": sum(p.numel() for p in named.values()), "seed": run.config.run.seed},
+    }
 
 
 def divide(learner: Learner) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

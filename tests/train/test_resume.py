@@ -166,7 +166,7 @@ def test_a_run_without_a_checkpoint_starts_again_and_is_not_overwritten(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("clipkit.train.loop.save", die)
+        patched.setattr("clipkit.train.loop.Saver.begin", die)
         with pytest.raises(KeyboardInterrupt):
             pretrain(config)
     kept = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
