@@ -141,11 +141,14 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def outcome_of(folder: Path, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the loss and accuracy over the last log lines, and every number of the last evaluation."""
+    """Returns the loss and accuracy over the last log lines, and every number of the last evaluation.
+
+    Steps that were skipped have no finite loss and do not count.
+    """
     last = records(folder)[-_TAIL:]
     found: dict[str, float] = {}
     for name in ("loss", "accuracy"):
-        values = [float(record[name]) for record in last if name in record]
+        values = [float(record[name]) for record in last if record.get(name) is not None]
         if values:
             found[name] = sum(values) / len(values)
     for label, numbers in metrics.items():
@@ -181,7 +184,8 @@ def draw(runs: Sequence[Swept], path: Path) -> None:
     for run, label in zip(runs, labels, strict=True):
         curve = records(Path(run.directory))
         label = label if run.failure is None else f"{label} (failed)"
-        panels[0][0].plot([r["samples"] for r in curve], [r["loss"] for r in curve], label=label)
+        losses = [float("nan") if r["loss"] is None else r["loss"] for r in curve]
+        panels[0][0].plot([r["samples"] for r in curve], losses, label=label)
     panels[0][0].set(xlabel="samples", ylabel="loss", title=", ".join(runs[0].values))
     panels[0][0].legend(fontsize=8)
     for name in names:

@@ -11,7 +11,7 @@ import yaml
 
 from clipkit.cli import main
 from clipkit.train.loop import Interrupted
-from clipkit.train.sweep import split_overrides, split_values
+from clipkit.train.sweep import records, split_overrides, split_values
 from clipkit.types import ConfigError
 from tests.train.runs import values
 
@@ -66,7 +66,8 @@ def test_a_failed_run_does_not_stop_a_sweep(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump(values(tiny_shards, tmp_path / "unused", run__steps=4)))
+    limited = values(tiny_shards, tmp_path / "unused", run__steps=4, run__max_skipped_steps=2)
+    config.write_text(yaml.safe_dump(limited))
     # The second one has losses that are not finite, the third one shards that are not there.
     shards = f"data.train={tiny_shards},{tmp_path / 'nowhere'}"
     out = tmp_path / "out"
@@ -89,6 +90,18 @@ def test_a_failed_run_does_not_stop_a_sweep(
     assert "nowhere" in second["error"]
     assert main(["sweep", str(config), "optim.lr=1e30,1e-3", "--dir", str(out)]) == 1
     assert Path(finished["directory"], "metrics.jsonl").read_bytes() == written
+
+
+def test_steps_that_were_skipped_do_not_count(tiny_shards: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(values(tiny_shards, tmp_path / "unused", run__steps=4)))
+    # Fewer steps than end a run: from the second on none is finite.
+    assert main(["sweep", str(config), "optim.lr=1e30,1e-3", "--dir", str(tmp_path / "out")]) == 0
+    spoilt, sound = json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"]
+    (first, *others) = records(Path(spoilt["directory"]))
+    assert [record["loss"] for record in others] == [None] * 3
+    assert spoilt["outcome"]["loss"] == pytest.approx(first["loss"])
+    assert sound["outcome"]["loss"] > 0
 
 
 def test_a_sweep_stops_when_it_is_interrupted(
