@@ -340,6 +340,7 @@ class RunConfig(Section):
     None: 10, under fp16 50. on_spike: what a step does whose loss leaps (clipkit.train.spikes says when):
     warn; skip its update; or rollback, to the newest checkpoint and past the batches before the leap.
     background_save: checkpoints are written while training goes on, from a copy in host memory.
+    resume_data: what becomes of the position in data that changed since; only `exact` never repeats a sample.
     """
 
     dir: Text | None = None
@@ -361,6 +362,7 @@ class RunConfig(Section):
     threads: Count | None = None
     max_skipped_steps: Count | None = None
     timeout: Annotated[str, PlainValidator(_duration)] = "30min"
+    resume_data: Literal["exact", "restart_epoch", "continue_reseeded"] = "exact"
     on_spike: Annotated[Literal["off", "warn", "skip", "rollback"], BeforeValidator(_on_spike)] = "warn"
 
     @model_validator(mode="after")

@@ -45,6 +45,10 @@ _STATE_KEYS = (
 )  # fmt: skip
 
 
+class PositionChangedError(ConfigError):
+    """A saved position that these shards and settings cannot continue exactly."""
+
+
 class RowReader(Protocol):
     """Builds rows of global batches; picklable, one copy per worker."""
 
@@ -110,7 +114,10 @@ class TrainStream:
     num_samples      samples in the set
     steps_per_epoch  N // B, the same on every rank
     exact            whether order and position are exact (see `state`)
+    changed          why the saved position was not continued, None where it was
     """
+
+    changed: str | None = None
 
     def __init__(
         self,
@@ -128,6 +135,7 @@ class TrainStream:
         self._position = position
         self._banner = banner
         self._running: Any = None
+        self._shift = 0
         self.num_samples = int(position["num_samples"])
         self.steps_per_epoch = self.num_samples // options.batch_size
         self.exact = bool(position["exact"])
@@ -135,14 +143,27 @@ class TrainStream:
         atexit.register(_close, weakref.ref(self))
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Yields this rank's rows of global batches start..stop-1; epoch = step // steps_per_epoch.
+        """Yields this rank's rows of the global batches of steps start..stop-1.
 
-        One set of workers serves the whole range. Does not touch the global random generators.
+        Step s takes batch s of the order, whose epoch is s // steps_per_epoch (see `renumber`). One set of
+        workers serves the whole range. Does not touch the global random generators.
         """
         self.close()
-        running = self._batches(start_step, stop_step)
+        running = self._batches(start_step + self._shift, stop_step + self._shift)
         self._running = running
         return running
+
+    def renumber(self, step: int, epoch: int, batch_in_epoch: int, config_seed: int) -> None:
+        """Lets `step` of the run take that batch of `epoch`; changes what `batches` and `state` return.
+
+        config_seed: what the configuration says, where the order has a seed of its own since.
+        """
+        self._shift = epoch * self.steps_per_epoch + batch_in_epoch - step
+        self._position["config_seed"] = config_seed
+
+    def ends_epoch(self, step: int) -> bool:
+        """Returns whether the steps before `step` end with the last batch of an epoch."""
+        return (step + self._shift) % self.steps_per_epoch == 0
 
     def _batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         ranges = self._ranges.of_workers()
@@ -200,17 +221,18 @@ class TrainStream:
 
     def state(self, step: int) -> dict[str, Any]:
         """Returns the JSON-able position before global batch `step`, and what defines the order."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = divmod(step + self._shift, self.steps_per_epoch)
         return {**self._position, "step": step, "epoch": epoch, "batch_in_epoch": within}
 
     def check_state(self, saved: dict[str, Any]) -> None:
-        """Raises ConfigError naming the differing keys when a saved position cannot be continued exactly."""
+        """Raises PositionChangedError naming the keys in which a saved position differs."""
         differing = [key for key in _STATE_KEYS if saved.get(key) != self._position.get(key)]
         if differing:
             changes = ", ".join(f"{key}: {saved.get(key)} -> {self._position.get(key)}" for key in differing)
-            raise ConfigError(
+            raise PositionChangedError(
                 f"the saved position in the data cannot be continued, it differs in {changes}",
-                "bring back the same shards and settings, or start a new run directory",
+                "bring back the same shards and settings, or say how to go on with "
+                "run.resume_data=restart_epoch or continue_reseeded, or start a new run directory",
             )
 
     def world_sizes(self) -> list[int]:
@@ -343,6 +365,12 @@ def _order(index: Index, options: LoaderOptions, world: dist.World, saved: dict[
     window_samples = options.window_bytes / max(1.0, index.sample_bytes)
     if options.batch_size % world.size:
         default_lanes(options.batch_size, world.size)
+    if saved is not None and saved.get("batch_size") != options.batch_size:
+        raise PositionChangedError(
+            f"the saved position counts batches of {saved.get('batch_size')}, not of {options.batch_size}",
+            f"set data.batch_size={saved.get('batch_size')}, or say how to go on with "
+            "run.resume_data=restart_epoch or continue_reseeded",
+        )
     if saved is not None and saved.get("lanes"):
         lanes, chunk, window = (int(saved[key]) for key in ("lanes", "chunk_size", "window_chunks"))
         if options.lanes not in (None, lanes):

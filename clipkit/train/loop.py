@@ -236,7 +236,7 @@ class Loop:
                     line = {"step": self.state.step, **dataclasses.asdict(reject)}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.budget.add(found, self.run.config.data.batch_size)
-        if self.state.step % self.run.stream.steps_per_epoch == 0:
+        if self.run.stream.ends_epoch(self.state.step):
             self.budget.end_of_epoch()
 
     def _evaluate(self) -> None:

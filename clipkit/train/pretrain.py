@@ -20,7 +20,7 @@ from clipkit.train.loop import Loop, write_config
 from clipkit.train.rehearsal import describe, rehearse
 from clipkit.train.resume import continue_rng, find_checkpoint, guarantee, kept_evaluation
 from clipkit.train.setup import COLLECTIVE_GRACE_S, Run, make_accelerator, prepare
-from clipkit.train.state import LOGS, TrainState, restore
+from clipkit.train.state import LOGS, TrainState, position, restore
 
 
 def pretrain(
@@ -60,7 +60,8 @@ def pretrain(
         heartbeat.prepare()
         store.prepare()
         found = find_checkpoint(config, folder, store, resume)
-        run = prepare(config, folder, accelerator, None if found is None else found.document("data"))
+        saved = None if found is None else position(found, config.data.batch_size)
+        run = prepare(config, folder, accelerator, saved)
         try:
             return _run(run, store, found, heartbeat)
         finally:
@@ -87,6 +88,15 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: 
         if found is not None:
             log.note(f"continuing {found.path} at step {state.step} of {run.total_steps}")
             log.note(guarantee(run, found))
+            if run.stream.changed is not None:
+                log.append(
+                    {
+                        "event": "data_changed",
+                        "step": state.step,
+                        "resume_data": run.config.run.resume_data,
+                        "cause": run.stream.changed,
+                    }
+                )
         with StopSignals() as signals, heartbeat:
             loop = Loop(run, state, store, budget, log, signals, heartbeat)
             if kept is not None:

@@ -15,6 +15,9 @@ from clipkit.train.state import belongs
 from clipkit.types import ConfigError
 
 CONFIG = "config.yaml"
+# What run.resume_data lets differ; in another directory also what counts batches and steps.
+DATA_KEYS = ("data.train", "data.lanes", "data.window_bytes", "run.seed")
+LENGTH_KEYS = ("data.batch_size", "run.samples", "run.epochs", "run.steps")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ def find_checkpoint(config: Config, folder: Path, store: CheckpointStore, resume
     if resume not in ("auto", "never"):
         named = store.open(Path(resume))
         # RUN/checkpoints/step-...: its configuration lies in RUN.
-        for run in dict.fromkeys((named.path.resolve().parent.parent, folder.resolve())):
-            check_same_run(config, run)
+        home = named.path.resolve().parent.parent
+        check_same_run(config, home, elsewhere=home != folder.resolve())
+        check_same_run(config, folder)
         return named
     found = store.newest()
     if found is not None and resume == "never":
@@ -48,15 +52,31 @@ def find_checkpoint(config: Config, folder: Path, store: CheckpointStore, resume
     return found
 
 
-def check_same_run(config: Config, folder: Path) -> None:
-    """Raises ConfigError naming the keys in which the configuration of the run in `folder` differs."""
+def check_same_run(config: Config, folder: Path, elsewhere: bool = False) -> None:
+    """Raises ConfigError naming the keys in which the configuration of the run in `folder` differs.
+
+    elsewhere: a checkpoint of that run is continued in another directory. Under run.resume_data the data may
+    differ, and elsewhere the batch and the length too: there no step has been counted yet.
+    """
     written = folder / CONFIG
     different = config.differences(read_values(written).tree) if written.exists() else []
+    if config.run.resume_data != "exact":
+        free = DATA_KEYS + (LENGTH_KEYS if elsewhere else ())
+        different = [line for line in different if not line.startswith(free)]
     if different:
         raise ConfigError(
-            f"{folder} belongs to a run with other values of {', '.join(different)}",
-            "choose another run.dir for this configuration, or restore those values to continue",
+            f"{folder} belongs to a run with other values of {', '.join(different)}", _cure(different)
         )
+
+
+def _cure(different: list[str]) -> str:
+    cure = "choose another run.dir for this configuration, or restore those values to continue"
+    if all(line.startswith(DATA_KEYS) for line in different):
+        return f"{cure}, or say how to go on with run.resume_data=restart_epoch or continue_reseeded"
+    if all(line.startswith(DATA_KEYS + LENGTH_KEYS) for line in different):
+        elsewhere = "run.dir=NEW run.resume_data=restart_epoch --resume PATH"
+        return f"{cure}, or continue its checkpoint elsewhere: {elsewhere}"
+    return cure
 
 
 def kept_evaluation(run: Run, found: Checkpoint) -> Kept | None:
@@ -115,6 +135,11 @@ def guarantee(run: Run, found: Checkpoint) -> str:
         return (
             "not exact: this source cannot be indexed, its epoch is read from the start and passed over, and "
             "samples may be seen again or missed"
+        )
+    if run.stream.changed is not None:
+        return (
+            f"run.resume_data: {run.config.run.resume_data}: the epoch in progress begins again and may "
+            f"repeat samples, everything after is exact ({run.stream.changed})"
         )
     same = "same samples, order and augmentations"
     if found.world_size != run.world.size:

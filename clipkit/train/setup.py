@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from clipkit import optim
 from clipkit.config import Config, check_schedule
+from clipkit.data.continuing import open_continued
 from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
 from clipkit.dist import World
@@ -173,9 +174,15 @@ def open_stream(
         index_dir=data.index_dir,
         storage=Storage(data.storage.endpoint, data.storage.region, data.storage.profile),
     )
-    return open_train(
-        options, views.images, views.texts, world, saved=saved, labels=needs.labels, stored=needs.stored
-    )
+
+    def opener(options: LoaderOptions, saved: dict[str, Any] | None) -> TrainStream:
+        return open_train(
+            options, views.images, views.texts, world, saved=saved, labels=needs.labels, stored=needs.stored
+        )
+
+    if saved is None:
+        return opener(options, None)
+    return open_continued(opener, options, saved, config.run.resume_data)
 
 
 def bf16_slowdown(device: torch.device) -> float:

@@ -112,7 +112,6 @@ def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
                 f"the teacher {name} has other weights than the ones this run began with",
                 "bring back the model it was, or start a new run directory",
             )
-    run.stream.check_state(found.document("data"))
     load_module_tensors(run.bare, found.tensors("model"))
     load_optimizer_tensors(
         run.optimizer.optimizer, dict(run.bare.named_parameters()), found.tensors("optimizer")
@@ -123,6 +122,18 @@ def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
     if run.world.is_main and belongs(found, run.folder):
         truncate_logs(run.folder, trainer["logs"])
     # Absent in checkpoints that were written before there was such an entry.
-    return TrainState(
+    state = TrainState(
         **{entry.name: trainer[entry.name] for entry in fields(TrainState) if entry.name in trainer}
     )
+    if run.stream.changed is not None:
+        # Other batches than the ones that were to be passed over.
+        state.step, state.passed = position(found, run.config.data.batch_size)["step"], []
+    return state
+
+
+def position(found: Checkpoint, batch_size: int) -> dict[str, Any]:
+    """Returns the data position of a checkpoint, its step counted in batches of `batch_size`."""
+    saved = found.document("data")
+    if saved["batch_size"] == batch_size:
+        return saved
+    return {**saved, "step": found.document("trainer")["samples"] // batch_size}

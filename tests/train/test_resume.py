@@ -206,7 +206,7 @@ def test_a_continued_run_says_what_is_exact() -> None:
         exact: bool = True, world: int = 2, torch_version: str = "", device: str = "cpu", fixed: bool = False
     ) -> str:
         run = SimpleNamespace(
-            stream=SimpleNamespace(exact=exact),
+            stream=SimpleNamespace(exact=exact, changed=None),
             world=World(0, world),
             accelerator=SimpleNamespace(device=torch.device(device)),
             config=SimpleNamespace(run=SimpleNamespace(deterministic=fixed)),
