@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Shard
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,36 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def all_reduce_mean(x: Tensor) -> Tensor:
     """Returns the mean of `x` over ranks; differentiable."""
     return all_reduce_sum(x) / World.current().size
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Returns whether `x` is spread over the ranks by rows; raises TypeError when it is in any other way."""
+    if not isinstance(x, DTensor):
+        return False
+    if tuple(x.placements) != (Shard(0),):
+        raise TypeError(f"a tensor that lies as {x.placements} over the ranks, which is not by rows")
+    return True
+
+
+@torch.no_grad()
+def own_rows(x: Tensor) -> Tensor:
+    """Returns the rows of a sharded tensor that lie on this rank, sharing its memory; others as they are."""
+    return x.to_local() if isinstance(x, DTensor) and is_sharded(x) else x
+
+
+def first_row(x: Tensor) -> int:
+    """Returns the number of the first of `own_rows`, or the count of rows where this rank has none."""
+    if not is_sharded(x):
+        return 0
+    world = World.current()
+    # As torch.chunk cuts: ceil(n / W) rows each, the last ranks fewer or none.
+    return min(world.rank * -(-x.shape[0] // world.size), x.shape[0])
+
+
+@torch.no_grad()
+def whole(x: Tensor) -> Tensor:
+    """Returns a sharded tensor with the rows of all ranks, others as they are; all ranks must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def agree(values: Sequence[float], how: str = "max") -> list[float]:

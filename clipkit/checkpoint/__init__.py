@@ -7,6 +7,7 @@ from clipkit.checkpoint.logs import log_lengths, truncate_logs
 from clipkit.checkpoint.manifest import versions
 from clipkit.checkpoint.record import Checkpoint, Skipped
 from clipkit.checkpoint.rng import capture_rng, derive_rng, restore_rng
+from clipkit.checkpoint.rows import part_rows
 from clipkit.checkpoint.signals import StopSignals
 from clipkit.checkpoint.state import load_module_tensors, load_optimizer_tensors, optimizer_tensors
 from clipkit.checkpoint.store import CheckpointStore, CheckpointWriteError
@@ -23,6 +24,7 @@ __all__ = [
     "load_optimizer_tensors",
     "log_lengths",
     "optimizer_tensors",
+    "part_rows",
     "process_start",
     "restore_rng",
     "run_lock",

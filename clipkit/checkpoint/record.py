@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipkit.checkpoint.manifest import Defect, check_files, fixed_stem, read_manifest
+from clipkit.checkpoint.manifest import Defect, check_files, read_manifest
+from clipkit.checkpoint.rows import Stored, rows_file, stored
 from clipkit.types import ClipkitError, ConfigError
 
 LATEST = "latest"
@@ -45,6 +46,11 @@ class Checkpoint:
         return int(self.manifest["world_size"])
 
     @property
+    def sharded(self) -> bool:
+        """Whether every rank wrote its own rows of the weights."""
+        return rows_file(0, "json") in self.manifest["files"]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What `save` was given as `identity`."""
         return dict(self.manifest["identity"])
@@ -64,11 +70,11 @@ class Checkpoint:
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """Returns the tensors saved under `stem`, on the CPU, those that the run keeps once among them."""
-        found = self._load(f"{stem}.safetensors")
-        for name in self.manifest["files"]:
-            if fixed_stem(name) == stem:
-                found |= self._load(name)
-        return found
+        return {name: x.read() for name, x in self.stored(stem).items()}
+
+    def stored(self, stem: str) -> dict[str, Stored]:
+        """Returns the same tensors unread, for those who need some of them, or some of their rows."""
+        return stored(self._file(f"{stem}.safetensors").parent, stem, self.manifest["files"], cure(self.path))
 
     def rank_tensors(self, rank: int) -> dict[str, Tensor] | None:
         """Returns what rank `rank` saved, or None when the checkpoint was written by fewer ranks."""

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkit.checkpoint.rows import Stored, rows_for
+from clipkit.dist import own_rows
 from clipkit.types import ClipkitError
 
+Source = Tensor | Stored
 Named = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
 SHOWN = 10
 
@@ -38,7 +41,7 @@ def optimizer_tensors(optimizer: Any, named_parameters: Named) -> dict[str, Tens
     return tensors
 
 
-def load_optimizer_tensors(optimizer: Any, named_parameters: Named, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: Any, named_parameters: Named, tensors: Mapping[str, Source]) -> None:
     """Sets the optimizer's state to `tensors` of `optimizer_tensors`, by name.
 
     A parameter without entries gets no state, as it had none when it was saved. Raises ClipkitError naming
@@ -53,7 +56,7 @@ def load_optimizer_tensors(optimizer: Any, named_parameters: Named, tensors: Map
         parameter = named.get(name)
         if parameter is None:
             problems.append(f"{entry} (no such parameter is trained)")
-        elif value.dim() > 0 and value.shape != parameter.shape:
+        elif len(value.shape) > 0 and tuple(value.shape) != tuple(parameter.shape):
             problems.append(f"{entry} {tuple(value.shape)} (the parameter is {tuple(parameter.shape)})")
         else:
             states.setdefault(parameter, {})[key] = _placed(value, key, parameter, groups[parameter])
@@ -64,16 +67,20 @@ def load_optimizer_tensors(optimizer: Any, named_parameters: Named, tensors: Map
             optimizer.state[parameter] = states[parameter]
 
 
-def _placed(value: Tensor, key: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
-    if key == "step" or value.dim() == 0:
+def _placed(source: Source, key: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+    if key == "step" or len(source.shape) == 0:
+        value = source if isinstance(source, Tensor) else source.read()
         # torch keeps step counts on the CPU unless the kernel itself reads them.
         on_device = bool(group.get("capturable") or group.get("fused"))
         return value.to(parameter.device if on_device else "cpu", copy=True)
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    rows = rows_for(source, parameter)
+    placed = torch.empty_like(parameter, dtype=rows.dtype, requires_grad=False)
+    own_rows(placed).copy_(rows)
+    return placed
 
 
-def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies `tensors` into the module's parameters and buffers.
+def load_module_tensors(module: nn.Module, tensors: Mapping[str, Source]) -> None:
+    """Copies `tensors` into the module's parameters and buffers, of sharded ones the rows of this rank.
 
     Raises ClipkitError naming the first missing, unexpected and differently shaped names; then nothing has
     been changed (torch's own strict loading changes what fits before it raises).
@@ -84,10 +91,11 @@ def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     problems += [
         f"{name} is {tuple(tensors[name].shape)} in the checkpoint and {tuple(value.shape)} in this model"
         for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
+        if name in tensors and tuple(tensors[name].shape) != tuple(value.shape)
     ]
     _refuse(problems, "the checkpoint is of another model")
-    module.load_state_dict(dict(tensors), strict=True)
+    for name, value in own.items():
+        own_rows(value).copy_(rows_for(tensors[name], value))
 
 
 def _refuse(problems: list[str], what: str) -> None:

@@ -34,6 +34,7 @@ from clipkit.checkpoint.record import (
     open_path,
     rank_file,
 )
+from clipkit.checkpoint.rows import Piece, places_of, rows_file, rows_of
 from clipkit.dist import World, gather_objects
 from clipkit.types import ClipkitError, ConfigError
 
@@ -43,6 +44,7 @@ Records = dict[str, dict[str, Any]]
 
 MIN_KEEP = 2
 FREE_SPACE_FACTOR = 1.2
+ROWS = "rows"
 _LEFTOVER = re.compile(r"(step-\d{8,}|latest|probe|[a-z0-9_]+-[0-9a-f]{16}\.safetensors)\.tmp-[0-9a-f]{12}")
 _STEM = re.compile(r"[a-z0-9_]+")
 
@@ -123,16 +125,20 @@ class CheckpointStore:
         documents: Mapping[str, Mapping[str, Any]],
         identity: Mapping[str, Any],
         fixed: Mapping[str, StateTensors] | None = None,
+        rows: Mapping[str, Piece] | None = None,
+        fixed_rows: Mapping[str, Piece] | None = None,
     ) -> Path:
         """Writes, commits and prunes; returns the directory, the same on every rank.
 
         `tensors` (file stem -> name -> tensor), `documents` (file stem -> JSON), `identity` and `fixed`, more
         tensors of those stems that never change in the run and are written once, count on rank 0 only;
-        `rank_tensors` is written by each rank. Raises CheckpointWriteError on every rank alike when any of
-        them failed (disk full, I/O error, values that are not finite); the failed save leaves nothing.
+        `rank_tensors`, and of sharded tensors `rows` and `fixed_rows` (see `part_rows`), are written by each
+        rank. Raises CheckpointWriteError on every rank alike when any of them failed (disk full, I/O error,
+        values that are not finite); the failed save leaves nothing.
         """
         main, fixed = self.world.is_main, fixed or {}
-        size = _size(rank_tensors)
+        moving, once = rows_of(rows or {}), rows_of(fixed_rows or {})
+        size = _size(rank_tensors) + _size(moving) + (0 if self._has_fixed(ROWS, once) else _size(once))
         if main:
             size += sum(_size(state) for state in tensors.values())
             size += sum(_size(state) for stem, state in fixed.items() if not self._has_fixed(stem, state))
@@ -141,7 +147,12 @@ class CheckpointStore:
         assert temporary is not None
         records: Records = {}
         for written in self._vote(
-            step, lambda: self._write(temporary, tensors, rank_tensors, documents, fixed), temporary
+            step,
+            lambda: (
+                self._write(temporary, tensors, rank_tensors, documents, fixed)
+                | self._write_rows(temporary, rows or {}, fixed_rows or {})
+            ),
+            temporary,
         ):
             records.update(written)
         committed = self._vote(
@@ -246,6 +257,19 @@ class CheckpointStore:
             name, record = self._write_fixed(stem, state)
             records[name] = record
         return records
+
+    def _write_rows(self, folder: Path, rows: Mapping[str, Piece], fixed: Mapping[str, Piece]) -> Records:
+        """Writes the pieces of sharded tensors that this rank has, and where they belong."""
+        if not rows and not fixed:
+            return {}
+        name, places = rows_file(self.world.rank, "safetensors"), rows_file(self.world.rank, "json")
+        files.refuse_non_finite(rows_of(rows))
+        records = {name: files.write_tensors(folder / name, rows_of(rows))}
+        document = {name: places_of(rows)}
+        if fixed:
+            once, record = self._write_fixed(ROWS, rows_of(fixed))
+            records[once], document[once] = record, places_of(fixed)
+        return records | {places: files.write_json(folder / places, document)}
 
     def _has_fixed(self, stem: str, state: StateTensors) -> bool:
         """Whether this process has written or checked these very tensors already."""

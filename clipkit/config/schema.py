@@ -339,7 +339,8 @@ class RunConfig(Section):
     timeout: how long ranks wait for one that is missing. max_skipped_steps: so many in a row end the run;
     None: 10, under fp16 50. on_spike: what a step does whose loss leaps (clipkit.train.spikes says when):
     warn; skip its update; or rollback, to the newest checkpoint and past the batches before the leap.
-    background_save: checkpoints are written while training goes on, from a copy in host memory.
+    background_save: checkpoints are written while training goes on, from a copy in host memory. sharding:
+    none, every rank holds all weights (DDP); fsdp2, its rows of weights, gradients, moments and averages.
     resume_data: what becomes of the position in data that changed since; only `exact` never repeats a sample.
     """
 
@@ -363,7 +364,17 @@ class RunConfig(Section):
     max_skipped_steps: Count | None = None
     timeout: Annotated[str, PlainValidator(_duration)] = "30min"
     resume_data: Literal["exact", "restart_epoch", "continue_reseeded"] = "exact"
+    sharding: Literal["none", "fsdp2"] = "none"
     on_spike: Annotated[Literal["off", "warn", "skip", "rollback"], BeforeValidator(_on_spike)] = "warn"
+
+    @model_validator(mode="after")
+    def _shards_in_range(self) -> RunConfig:
+        if self.sharding != "none" and self.precision == "fp16":
+            raise refuse(
+                "run.sharding with run.precision fp16: each rank would see overflow in its own rows only",
+                "set run.precision to bf16 or fp32",
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> RunConfig:

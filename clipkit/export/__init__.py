@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from clipkit.export.load import export, load, load_towers
-from clipkit.export.open_clip import load_open_clip, location_note, save_open_clip, verify
+from clipkit.export.open_clip import (
+    exported_tensors,
+    load_open_clip,
+    location_note,
+    save_open_clip,
+    verify,
+)
 
-__all__ = ["export", "load", "load_open_clip", "load_towers", "location_note", "save_open_clip", "verify"]
+__all__ = [
+    "export",
+    "exported_tensors",
+    "load",
+    "load_open_clip",
+    "load_towers",
+    "location_note",
+    "save_open_clip",
+    "verify",
+]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipkit.data import ImageView
+from clipkit.dist import whole
 from clipkit.models import Towers, build
 from clipkit.models.tokenizer import has_tokenizer
 from clipkit.models.weights import CONFIG_FILE, WEIGHTS_FILE, read_document
@@ -54,8 +55,11 @@ def exported_config(towers: Towers, out: Path, hf_name: str | None = None) -> di
 
 
 def exported_tensors(towers: Towers) -> dict[str, Tensor]:
-    """Returns the tensors of the model under open_clip's names, on the CPU, temperature 0-d."""
-    tensors = {name: x.detach().to("cpu").contiguous() for name, x in towers.clip.state_dict().items()}
+    """Returns the tensors of the model under open_clip's names, on the CPU, temperature 0-d.
+
+    All ranks must call it when the towers are sharded.
+    """
+    tensors = {name: whole(x.detach()).to("cpu").contiguous() for name, x in towers.clip.state_dict().items()}
     for name in ("logit_scale", "logit_bias"):
         if name in tensors:
             tensors[name] = tensors[name].reshape(())
@@ -68,12 +72,14 @@ def save_open_clip(
     *,
     extra_files: Mapping[str, str] | None = None,
     hf_name: str | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `towers` as an open_clip directory and returns its absolute path.
 
     The directory appears whole, under a temporary name first; an earlier export of that name is replaced.
     extra_files: file name -> text, written beside the model. hf_name: what open_clip shall look up for a
-    transformers text tower (a hub id or an absolute path); by default the copy inside `out`.
+    transformers text tower (a hub id or an absolute path); by default the copy inside `out`. tensors: the
+    `exported_tensors`, where the caller has them.
     Raises ConfigError when `out` is something else than an export.
     """
     out = Path(out).resolve()
@@ -88,6 +94,11 @@ def save_open_clip(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
+        save_file(
+            dict(exported_tensors(towers) if tensors is None else tensors),
+            temporary / WEIGHTS_FILE,
+            metadata={"format": "pt"},
+        )
         _write(towers, temporary, exported_config(towers, out, hf_name), dict(extra_files or {}))
         _replace(temporary, out)
     finally:
@@ -96,7 +107,6 @@ def save_open_clip(
 
 
 def _write(towers: Towers, folder: Path, document: dict[str, Any], extra_files: dict[str, str]) -> None:
-    save_file(exported_tensors(towers), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     towers.tokenizer.save(folder)
     texts = {CONFIG_FILE: json.dumps(document, indent=2), **extra_files}
     settings = towers.model_cfg["text_cfg"].get("hf_config")

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from clipkit.dist import own_rows
 from clipkit.models.towers import Towers
 
 
@@ -38,7 +39,9 @@ class WeightEMA(nn.Module):
         """Moves the average towards `source`: w_ema <- d w_ema + (1 - d) w."""
         averaged, trained = dict(self.towers.named_parameters()), dict(source.named_parameters())
         torch._foreach_lerp_(
-            list(averaged.values()), [trained[name].detach() for name in averaged], 1 - self.decay_at(step)
+            [own_rows(x) for x in averaged.values()],
+            [own_rows(trained[name]) for name in averaged],
+            1 - self.decay_at(step),
         )
         buffers = dict(source.named_buffers())
         for name, buffer in self.towers.named_buffers():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkit.dist import own_rows
 from clipkit.models.towers import Towers
 from clipkit.types import Teacher
 
@@ -110,8 +111,8 @@ class Teachers(nn.Module):
             assert teacher.momentum is not None
             averaged = dict(towers.named_parameters())
             torch._foreach_lerp_(
-                list(averaged.values()),
-                [trained[key].detach() for key in averaged],
+                [own_rows(x) for x in averaged.values()],
+                [own_rows(trained[key]) for key in averaged],
                 1 - teacher.momentum_at(progress),
             )
             for key, buffer in towers.named_buffers():

@@ -11,6 +11,7 @@ import torch
 from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 
+from clipkit.dist import own_rows
 from clipkit.models.architecture import complete_preprocess, construct, resolve
 from clipkit.models.batchnorm import batchnorm_layers, convert_batchnorm
 from clipkit.models.checks import (
@@ -169,7 +170,7 @@ class Towers(nn.Module):
     @torch.no_grad()
     def clamp_scale(self) -> None:
         """Keeps the log-scale inside [0, log 100], in place."""
-        self.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+        own_rows(self.logit_scale).clamp_(0.0, MAX_LOG_SCALE)
 
     def train(self, mode: bool = True) -> Towers:
         """Sets the mode of everything except frozen parts, which stay in evaluation mode."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkit.dist import own_rows
 from clipkit.types import ConfigError, Embeddings, Needs
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -74,7 +75,10 @@ class Objective(nn.Module):
         return None
 
     def after_step(self) -> None:
-        """Runs after an optimizer step that was taken: enqueue, momentum, normalise prototypes."""
+        """Runs after an optimizer step that was taken: enqueue, momentum, normalise prototypes.
+
+        Parameters may be sharded here: `clipkit.dist.own_rows` are the rows to change.
+        """
 
 
 class OwnScale(nn.Module):
@@ -93,7 +97,7 @@ class OwnScale(nn.Module):
     @torch.no_grad()
     def clamp(self) -> None:
         """Keeps the log-scale inside [0, log 100], in place."""
-        self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+        own_rows(self.log_scale).clamp_(0.0, MAX_LOG_SCALE)
 
 
 def shared_scale(objectives: Mapping[str, tuple[Objective, float]]) -> Scale:

@@ -82,7 +82,7 @@ class MomentumHead(nn.Module):
         """Moves this head towards `head`."""
         trained = dict(head.named_parameters())
         for name, parameter in self.copy.named_parameters():
-            parameter.lerp_(trained[name].detach(), 1 - momentum)
+            dist.own_rows(parameter).lerp_(dist.own_rows(trained[name]), 1 - momentum)
         buffers = dict(head.named_buffers())
         for name, buffer in self.copy.named_buffers():
             buffer.copy_(buffers[name])

@@ -108,7 +108,8 @@ class Swav(Objective):
     @torch.no_grad()
     def after_step(self) -> None:
         """Puts the prototypes back on the sphere and enqueues."""
-        self.prototypes.copy_(normalize(self.prototypes, dim=-1))
+        rows = dist.own_rows(self.prototypes)
+        rows.copy_(normalize(rows, dim=-1))
         for queue in self.queues or ():
             assert isinstance(queue, FeatureQueue)
             queue.push()

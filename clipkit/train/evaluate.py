@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipkit import dist
 from clipkit.checkpoint import capture_rng, restore_rng
 from clipkit.config import EvaluateConfig
 from clipkit.data.views import ImageView
@@ -36,10 +37,10 @@ class TrainingEncoder:
 
     @property
     def logit_scale(self) -> float:
-        """The exponentiated temperature."""
+        """The exponentiated temperature; all ranks must ask for it."""
         ema = self._run.bare.ema
         towers = self._towers if self._weights == "raw" or ema is None else ema.towers
-        return float(towers.logit_scale.detach().exp())
+        return float(dist.whole(towers.logit_scale.detach()).exp())
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Returns token ids, int64 (B, T)."""

@@ -176,7 +176,7 @@ class Loop:
             "samples": state.samples,
             **{name: total / run.world.size for name, total in zip(names, totals, strict=True)},
             "lr": run.optimizer.param_groups[0]["lr"],
-            "logit_scale": float(run.bare.towers.logit_scale.detach().exp()),
+            "logit_scale": float(dist.whole(run.bare.towers.logit_scale.detach()).exp()),
             "grad_norm": float(result.grad_norm),
             **self.clock.read(),
         }
@@ -184,7 +184,7 @@ class Loop:
         if accuracies:
             record["accuracy"] = accuracies[0]
         if run.bare.towers.logit_bias is not None:
-            record["logit_bias"] = float(run.bare.towers.logit_bias.detach())
+            record["logit_bias"] = float(dist.whole(run.bare.towers.logit_bias.detach()))
         if run.accelerator.scaler is not None or state.skipped:
             record["skipped"] = state.skipped
         self.log.step(record)

@@ -12,7 +12,7 @@ from clipkit.checkpoint import Checkpoint, CheckpointStore, StopSignals, run_loc
 from clipkit.config import Config, load_config, make_config, parse_interval
 from clipkit.data.rejects import RejectBudget
 from clipkit.dist import World
-from clipkit.export import save_open_clip
+from clipkit.export import exported_tensors, save_open_clip
 from clipkit.log import RunLog
 from clipkit.train.evaluate import check_data
 from clipkit.train.heartbeat import Heartbeat
@@ -122,7 +122,9 @@ def export_final(run: Run) -> Path:
     """Writes export/ of the run directory, the averaged weights when the run keeps them; returns its path."""
     towers = run.bare.towers if run.bare.ema is None else run.bare.ema.towers
     out = run.folder / "export"
+    # On every rank: the rows of sharded towers come from all of them.
+    tensors = exported_tensors(towers)
     if run.world.is_main:
-        save_open_clip(towers, out, extra_files={"clipkit_config.yaml": run.config.dump()})
+        save_open_clip(towers, out, extra_files={"clipkit_config.yaml": run.config.dump()}, tensors=tensors)
     dist.barrier()
     return out

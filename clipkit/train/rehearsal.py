@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from clipkit import dist
 from clipkit.train.setup import Run
@@ -24,7 +25,7 @@ def describe(run: Run) -> list[str]:
     micro = "" if run.micro_batch is None else f", micro-batches of {run.micro_batch}"
     lines = [
         f"{run.world.size} process(es) on {run.accelerator.device.type}, {config.run.precision}, "
-        f"torch {torch.__version__}",
+        f"torch {torch.__version__}" + (", sharded (fsdp2)" if isinstance(run.bare, FSDPModule) else ""),
         f"model: {run.parameters:,} trainable parameters, {run.bare.towers.image_size[0]} pixels, "
         f"{run.bare.towers.context_length} tokens",
         f"data: {stream.num_samples:,} samples, {stream.steps_per_epoch:,} steps per epoch, {exact}",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
+
 from clipkit import dist
 from clipkit.checkpoint import Checkpoint, CheckpointStore, derive_rng, restore_rng, versions
 from clipkit.config import Config, read_values
@@ -147,6 +149,8 @@ def guarantee(run: Run, found: Checkpoint) -> str:
             f"{found.world_size} -> {run.world.size} process(es): {same}; losses equal up to floating-point "
             "order, dropout drawn anew"
         )
+    if found.sharded != isinstance(run.bare, FSDPModule):
+        return f"run.sharding changed: {same} and random states; losses equal up to floating-point order"
     then, now = (named.get("torch") for named in (found.manifest["versions"], versions()))
     if then != now:
         return f"torch {then} -> {now}: {same} and random states; losses equal up to floating-point order"

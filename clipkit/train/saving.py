@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,10 @@ class Saver:
             return
         # What never changes is not copied: the store knows it by its address.
         arguments["tensors"] = {stem: host_copy(part) for stem, part in arguments["tensors"].items()}
+        rows = {name: piece.rows for name, piece in arguments["rows"].items()}
+        arguments["rows"] = {
+            name: replace(arguments["rows"][name], rows=x) for name, x in host_copy(rows).items()
+        }
         arguments["documents"] = copy.deepcopy(arguments["documents"])
         self._thread = threading.Thread(target=self._write, args=(arguments,), daemon=True)
         self._thread.start()

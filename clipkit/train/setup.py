@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed.fsdp import FSDPModule
 
 from clipkit import optim
 from clipkit.config import Config, check_schedule
@@ -30,6 +31,7 @@ from clipkit.models.teachers import Teachers
 from clipkit.models.towers import TowerOptions, Towers, build
 from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, shared_scale
 from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, teacher_notes, widths_of
+from clipkit.train.sharding import shard
 from clipkit.types import ConfigError, Needs
 
 EMA_BELOW_SAMPLES = 20_000_000
@@ -94,7 +96,13 @@ def make_accelerator(precision: str, deterministic: bool = False, timeout: float
 
 
 def wrap(accelerator: Accelerator, learner: Learner, optimizer: Any) -> tuple[torch.nn.Module, Any]:
-    """Returns the prepared module and optimizer; the loader is never prepared (Accelerate would shard it)."""
+    """Returns the prepared module and optimizer; the loader is never prepared (Accelerate would shard it).
+
+    A learner that is sharded already is only given its precision.
+    """
+    if isinstance(learner, FSDPModule):
+        prepared = accelerator.prepare_model(learner, device_placement=False, evaluation_mode=True)
+        return prepared, accelerator.prepare(optimizer)
     with warnings.catch_warnings():
         # torch 2.15 renames the flag; its successor does not exist in 2.11.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -256,7 +264,10 @@ def prepare(
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
     learner.train()
     # On its device before the trial: nccl refuses tensors of the CPU.
-    learner.to(accelerator.device)
+    if config.run.sharding == "fsdp2" and world.size > 1:
+        shard(learner, accelerator.device)
+    else:
+        learner.to(accelerator.device)
     trial = fake_batch(learner, views, stream.stored_widths).to(accelerator.device)
     unused = freeze_unused(learner, trial)
     notes = [*towers.notes, *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers))]

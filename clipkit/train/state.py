@@ -15,6 +15,7 @@ from clipkit.checkpoint import (
     load_optimizer_tensors,
     log_lengths,
     optimizer_tensors,
+    part_rows,
     truncate_logs,
 )
 from clipkit.data.rejects import RejectBudget
@@ -64,10 +65,15 @@ def snapshot(run: Run, state: TrainState, budget: RejectBudget) -> dict[str, Any
     }
     named = dict(run.bare.named_parameters())
     moving, fixed = divide(run.bare)
+    moving, rows = part_rows("model", moving)
+    fixed, fixed_rows = part_rows("model", fixed)
+    moments, more_rows = part_rows("optimizer", optimizer_tensors(run.optimizer.optimizer, named))
     return {
         "step": state.step,
-        "tensors": {"model": moving, "optimizer": optimizer_tensors(run.optimizer.optimizer, named)},
+        "tensors": {"model": moving, "optimizer": moments},
         "fixed": {"model": fixed} if fixed else {},
+        "rows": rows | more_rows,
+        "fixed_rows": fixed_rows,
         "rank_tensors": capture_rng(),
         "documents": documents,
         "identity": {"parameters": sum(p.numel() for p in named.values()), "seed": run.config.run.seed},
@@ -112,9 +118,9 @@ def restore(run: Run, found: Checkpoint, budget: RejectBudget) -> TrainState:
                 f"the teacher {name} has other weights than the ones this run began with",
                 "bring back the model it was, or start a new run directory",
             )
-    load_module_tensors(run.bare, found.tensors("model"))
+    load_module_tensors(run.bare, found.stored("model"))
     load_optimizer_tensors(
-        run.optimizer.optimizer, dict(run.bare.named_parameters()), found.tensors("optimizer")
+        run.optimizer.optimizer, dict(run.bare.named_parameters()), found.stored("optimizer")
     )
     if run.accelerator.scaler is not None and trainer["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(trainer["scaler"])

@@ -62,7 +62,8 @@ def cached_backward(
 
     Random states are replayed, so dropout draws the same masks in both passes. Every backward but the
     last runs under no_sync; the last one reduces what all of them accumulated, which needs
-    `find_unused_parameters=True` (temperature and heads got their gradient before it).
+    `find_unused_parameters=True` (temperature and heads got their gradient before it). A sharded learner has
+    no no_sync: every backward reduces what it adds, so that no rank ever holds all gradients.
     """
     pieces = [batch.rows(start, start + micro_batch) for start in range(0, len(batch), micro_batch)]
     states, embedded = [], []
@@ -131,7 +132,7 @@ def step(
         outputs = full_backward(learner, accelerator, batch, progress, inspect)
     limit = float("inf") if clip_norm is None else clip_norm
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    norm = accelerator.clip_grad_norm_(trained, limit)
+    norm = dist.whole(accelerator.clip_grad_norm_(trained, limit))
     # The norm, not `optimizer_step_was_skipped`: a fused optimizer skips inside its kernel, unseen. And the
     # loss: a value that is not finite can have a finite gradient, and on its own rank alone.
     own = torch.stack([outputs["loss"].detach().float().reshape(()), norm.detach().float()])

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipkit.dist import World
+from clipkit.dist import World, whole
 from clipkit.learner import Learner, extras_of, freeze_unused, inputs_of, needs_of
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import build
 from clipkit.objectives import OBJECTIVES, build_objectives, shared_scale
 from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, widths_of
 from clipkit.train.setup import make_accelerator, wrap
+from clipkit.train.sharding import shard
 from clipkit.train.step import cached_backward, full_backward
 from clipkit.types import Batch
 from tests.conftest import TINY_MODEL
@@ -118,12 +119,21 @@ def reference_backward(learner: Any, batch: Batch, micro_batch: int) -> dict[str
 
 
 def two_steps(
-    rank: int, world: int, kind: str, objective: str, mode: str, micro: int, seed: int = 7
+    rank: int,
+    world: int,
+    kind: str,
+    objective: str,
+    mode: str,
+    micro: int,
+    seed: int = 7,
+    sharded: bool = False,
 ) -> dict[str, Tensor]:
     """Losses and every gradient of two optimizer steps."""
     accelerator = make_accelerator("fp32")
     assert accelerator.num_processes == world
     bare, views = make(kind, objective)
+    if sharded:
+        shard(bare, accelerator.device)
     optimizer = torch.optim.SGD(bare.parameters(), lr=0.05)
     learner, optimizer = wrap(accelerator, bare, optimizer)
     found: dict[str, Tensor] = {}
@@ -142,7 +152,7 @@ def two_steps(
         for name, parameter in bare.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None, name
-                found[f"{number}.{name}"] = parameter.grad.clone()
+                found[f"{number}.{name}"] = whole(parameter.grad).clone()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bare.after_step(number, number / 2)
@@ -179,6 +189,26 @@ def one_process(run_ranks: Any) -> Any:
 def test_ranks_equal_one_process(run_ranks: Any, one_process: Any, world: int, objective: str) -> None:
     expected = one_process("native", objective)
     for found in run_ranks(world, two_steps, "native", objective, "full", 0):
+        check_same(found, expected)
+
+
+# State of every kind: the scale, a bias, prototypes with a queue, towers and heads that follow.
+SHARDED = [("clip", 2, 0), ("clip", 3, 2), ("siglip", 2, 3), ("siglip", 3, 0), ("moco", 2, 3), ("swav", 3, 2)]
+# What is particular to the others is shown under DDP; these are for changes of the sharding itself.
+REST = [
+    pytest.param(label, 2, 3, marks=pytest.mark.slow)
+    for label in LABELS
+    if label not in {known for known, *_ in SHARDED}
+]
+
+
+@pytest.mark.parametrize(("objective", "world", "micro"), [*SHARDED, *REST])
+def test_sharded_ranks_equal_one_process(
+    run_ranks: Any, one_process: Any, objective: str, world: int, micro: int
+) -> None:
+    expected = one_process("native", objective)
+    mode = "cached" if micro else "full"
+    for found in run_ranks(world, two_steps, "native", objective, mode, micro, 7, True):
         check_same(found, expected)
 
 
