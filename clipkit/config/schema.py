@@ -336,9 +336,10 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """Length, precision, seed and cadence. Exactly one of samples, epochs and steps.
 
-    timeout: how long ranks wait for one that is missing. max_skipped_steps: so many in a row end the run;
-    None: 10, under fp16 50. on_spike: what a step does whose loss leaps (clipkit.train.spikes says when):
-    warn; skip its update; or rollback, to the newest checkpoint and past the batches before the leap.
+    timeout: how long ranks wait for one that is missing, and each for its loader workers. max_skipped_steps:
+    so many in a row end the run; None: 10, under fp16 50. on_spike: what a step does whose loss leaps
+    (clipkit.train.spikes says when): warn; skip its update; or rollback, to the newest checkpoint and past
+    the batches before the leap.
     background_save: checkpoints are written while training goes on, from a copy in host memory.
     """
 
