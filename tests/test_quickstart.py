@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ def test_a_second_call_continues_instead_of_training_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A fresh process has reloaded this export already.
-    monkeypatch.setattr("clipkit.export.verify", lambda _: {})
+    # Not by its dotted name, which is that of the promised function `clipkit.export`.
+    monkeypatch.setattr(importlib.import_module("clipkit.export"), "verify", lambda _: {})
     before = (folder / "run" / "metrics.jsonl").read_bytes()
     quickstart.run(folder, overrides=STEPS, drawing={"train": 400, "evaluation": 32})
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
