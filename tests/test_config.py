@@ -313,39 +313,6 @@ def test_a_problem_of_the_extended_file_names_that_file(tmp_path: Path) -> None:
     assert found.startswith(f"{base}:5: unknown key optim.lrr")
 
 
-@pytest.mark.parametrize(
-    ("text", "cause"),
-    [
-        ("optim: {lr: 1}\noptim: {lr: 2}\n", "2: optim is written twice"),
-        ("run:\n  seed: 1\n  seed: 1\n", "3: run.seed is written twice"),
-        ("a: [1, 2\nb: 3\n", "not valid YAML"),
-        ("- a\n- b\n", "1: a configuration is a mapping"),
-        ("{1, 2}: 3\n", "not a plain word"),
-        ("a: &x [1]\nb: *y\n", "undefined alias"),
-        ("a: !!python/object/apply:os.system ['touch CANARY']\n", "not allowed"),
-        ("a: !!python/name:os.system\n", "not allowed"),
-        ("a: !custom 3\n", "not allowed"),
-        ("a: !!int abc\n", "is no int"),
-        ("a: " + "[" * 5000 + "\n", "nested more than 32 deep"),
-        ("a: \x07\n", "not valid YAML"),
-    ],
-)
-def test_hostile_or_broken_yaml_is_refused_and_never_executed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cause: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = refused(written(tmp_path, text))
-    assert any(cause in line for line, _ in found), found
-    assert not (tmp_path / "CANARY").exists()
-
-
-def test_an_alias_bomb_is_refused_before_it_grows(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
-    ((found, _),) = refused(written(tmp_path, "\n".join(lines)))
-    assert "once anchors are expanded" in found
-
-
 def test_files_that_cannot_be_a_configuration(tmp_path: Path) -> None:
     assert "cannot be read" in refused(tmp_path / "absent.yaml")[0][0]
     assert "cannot be read" in refused(tmp_path)[0][0]

@@ -6,8 +6,6 @@ import pickle
 
 import pytest
 
-from clipkit.cli import main
-from clipkit.config import make_config
 from clipkit.log import encode_record
 from clipkit.redaction import redact, redact_all
 from clipkit.types import DataError
@@ -67,19 +65,3 @@ def test_values_of_secret_variables_are_replaced(monkeypatch: pytest.MonkeyPatch
     error = DataError("the server said hf_abcdef123", "use another than hf_abcdef123")
     copy = pickle.loads(pickle.dumps(error))
     assert str(error) == str(copy) == "the server said ***\nuse another than ***"
-
-
-def test_commands_and_configurations_keep_secrets(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = "ftp://user:CANARY@host/a.tar?sig=CANARY"
-    assert main(["index", url, "--traceback"]) == 2
-    assert main(["index", url]) == 2
-    shown = capsys.readouterr()
-    assert "***@host" in shown.err
-    assert "CANARY" not in shown.out + shown.err
-    config = make_config(
-        {"model": {"name": "ViT-B-32"}, "data": {"train": url, "batch_size": 8}, "run": {"steps": 1}}
-    )
-    assert config.data.train[0].shards == url
-    assert "CANARY" not in config.dump()

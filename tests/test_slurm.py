@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Ranks
-from tests.test_launch import ENVIRONMENT, free_port, written
+from tests.faults.test_kills import ENVIRONMENT, free_port, written
 from tests.train.runs import trace, train, values, weights
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "slurm" / "pretrain.sbatch"

@@ -13,7 +13,7 @@ from typing import Any
 
 from clipkit.dist import agree
 
-_WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INTERRUPTED = 130
 
 
@@ -21,6 +21,7 @@ class StopSignals:
     """Context manager that turns signals into flags; the earlier handlers come back at its end.
 
     SIGINT, SIGTERM   `requested` becomes the signal's number: save at the end of the step and leave.
+    SIGHUP            the same, unless it is ignored (nohup): a closed terminal costs no step.
     SIGUSR1           `save_requested` becomes True: save at the end of the step and go on.
     SIGINT twice      the process leaves at once with code 130; the last complete checkpoint stands.
 
@@ -38,7 +39,8 @@ class StopSignals:
         self._pid = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in _WATCHED:
-                self._before[number] = signal.signal(number, self._receive)
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -336,12 +336,13 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """Length, precision, seed and cadence. Exactly one of samples, epochs and steps.
 
-    timeout: how long ranks wait for one that is missing. max_skipped_steps: so many in a row end the run;
-    None: 10, under fp16 50. on_spike: what a step does whose loss leaps (clipkit.train.spikes says when):
-    warn; skip its update; or rollback, to the newest checkpoint and past the batches before the leap.
-    background_save: checkpoints are written while training goes on, from a copy in host memory. sharding:
-    none, every rank holds all weights (DDP); fsdp2, its rows of weights, gradients, moments and averages.
-    resume_data: what becomes of the position in data that changed since; only `exact` never repeats a sample.
+    timeout: how long ranks wait for one that is missing, and each for its loader workers. max_skipped_steps:
+    so many in a row end the run; None: 10, under fp16 50. on_spike: what a step does whose loss leaps
+    (clipkit.train.spikes says when): warn; skip its update; or rollback, to the newest checkpoint and past
+    the batches before the leap. background_save: checkpoints are written while training goes on, from a copy
+    in host memory. sharding: none, every rank holds all weights (DDP); fsdp2, its rows of weights, gradients,
+    moments and averages. resume_data: what becomes of the position in data that changed since; only `exact`
+    never repeats a sample.
     """
 
     dir: Text | None = None

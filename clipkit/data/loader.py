@@ -198,6 +198,7 @@ class TrainStream:
                 collate_fn=_unchanged,
                 worker_init_fn=_prepare_worker,
                 prefetch_factor=self._options.prefetch,
+                timeout=self._options.timeout,
                 multiprocessing_context=context,
                 # Without a generator of its own, iter() draws from the default one: the model's.
                 generator=torch.Generator(),
@@ -213,6 +214,11 @@ class TrainStream:
                 raise ClipkitError(
                     str(error).splitlines()[0],
                     "a worker was lost, most often for memory: lower data.workers or data.window_bytes",
+                ) from None
+            if str(error).startswith("DataLoader timed out"):
+                raise ClipkitError(
+                    f"the loader's workers have built nothing for {self._options.timeout:.0f} s",
+                    "look for a disk or a server that hangs, or raise run.timeout; the same command goes on",
                 ) from None
             raise
         if isinstance(part, _Failure):

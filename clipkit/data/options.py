@@ -46,6 +46,7 @@ class LoaderOptions:
     max_reject_fraction  tolerated share of unusable samples
     max_consecutive      unusable samples in a row that stop the run
     max_lost_chunks      chunks that may be out of reach before the run stops
+    timeout              seconds without a sub-batch after which a worker counts as lost; 0: for ever
     start_method         "fork", "spawn", "forkserver" or None for the platform's default
     prefetch             sub-batches built ahead per worker
     on_no_range          "refuse" a server without byte ranges, or "stream" it without an exact order
@@ -63,6 +64,7 @@ class LoaderOptions:
     max_consecutive: int = 100
     max_lost_chunks: int = 0
     allow_pipe: bool = False
+    timeout: float = 0.0
     start_method: str | None = None
     prefetch: int = 2
     on_no_range: str = "refuse"

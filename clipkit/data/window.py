@@ -17,7 +17,7 @@ from clipkit.data.sample import RawSample, Unusable, parse_chunk
 from clipkit.data.source import Unreadable
 from clipkit.data.tar_index import Index
 from clipkit.redaction import redact
-from clipkit.types import DataError, Reject
+from clipkit.types import ClipkitError, DataError, Reject
 
 Found = RawSample | Unusable
 """A sample, or why its bytes are not there."""
@@ -49,12 +49,24 @@ class WindowReader:
         self._lost: set[tuple[int, int]] = set()
         self._epoch: EpochOrder | None = None
         self._windows: dict[int, _Loaded] = {}
+        self._asked: Row | None = None
 
     def sub_batch(self, step: int, first: int, end: int) -> SubBatch:
         """Returns rows first..end of global batch `step` (counted over all epochs)."""
         epoch, within = divmod(step, self.order.steps_per_epoch)
         slots = range(within * self.order.batch_size + first, within * self.order.batch_size + end)
-        return self.recipe.build(epoch, slots, self._rows(epoch, within, first, end))
+        try:
+            return self.recipe.build(epoch, slots, self._rows(epoch, within, first, end))
+        except ClipkitError:
+            raise
+        except Exception as error:
+            # Rows are built one by one: the last one asked for is the one that failed.
+            row = self._asked
+            at = "its first sample" if row is None else f"sample {row.key} in {self._shard(row.sample_id)}"
+            raise ClipkitError(
+                f"batch {step} cannot be built, at {at} ({type(error).__name__}: {error})",
+                "an augmentation or a tokenizer failed: that is a defect, no bad sample would end a run",
+            ) from error
 
     def _rows(self, epoch: int, within: int, first: int, end: int) -> Iterator[Row]:
         quota = self.order.quota
@@ -68,7 +80,9 @@ class WindowReader:
             if window is None or not window.start <= position < window.start + len(window.ids):
                 self._windows.pop(lane, None)
                 window = self._windows[lane] = self._load(lane, position)
-            yield self._row(window, position - window.start, within * self.order.batch_size + row)
+            built = self._row(window, position - window.start, within * self.order.batch_size + row)
+            self._asked = built
+            yield built
 
     def _row(self, window: _Loaded, at: int, slot: int) -> Row:
         refused: list[tuple[str, int, Unusable]] = []

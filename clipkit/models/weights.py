@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from open_clip.convert import convert_state_dict
@@ -130,6 +131,11 @@ def _exported(folder: Path) -> Path:
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else load_state_dict(str(path))
+    except UnpicklingError as error:
+        raise ConfigError(
+            f"{path} is a pickle that holds more than tensors: it is not read, because reading would run it",
+            "convert it to .safetensors where it was made, or take it from a source that you trust",
+        ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "copy or export the file again") from error
     for prefix in LEARNER_PREFIXES:

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch.distributed.fsdp import FSDPModule
 
 from clipkit import optim
-from clipkit.config import Config, check_schedule
+from clipkit.config import Config, check_schedule, parse_interval
 from clipkit.data.continuing import open_continued
 from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
@@ -177,6 +177,7 @@ def open_stream(
         max_consecutive=data.max_consecutive,
         max_lost_chunks=data.max_lost_chunks,
         allow_pipe=data.allow_pipe,
+        timeout=parse_interval(config.run.timeout).seconds or 0.0,
         start_method=data.start_method,
         on_no_range=data.on_no_range,
         index_dir=data.index_dir,

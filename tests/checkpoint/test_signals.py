@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from clipkit.checkpoint import StopSignals
-from tests.checkpoint.children import in_child
 
 
 def send(number: int, pid: int | None = None) -> None:
@@ -69,41 +68,6 @@ def test_outside_the_main_thread_nothing_is_watched() -> None:
     assert inside == [before, None]
 
 
-def test_a_second_interrupt_leaves_at_once_with_130() -> None:
-    def work() -> None:
-        with StopSignals():
-            try:
-                send(signal.SIGINT)
-                send(signal.SIGINT)
-                time.sleep(60)
-            finally:
-                os._exit(3)
-
-    assert os.waitstatus_to_exitcode(in_child(work)) == 130
-
-
-def test_a_second_interrupt_takes_workers_along() -> None:
-    import multiprocessing
-
-    read, write = os.pipe()
-
-    def work() -> None:
-        os.close(read)
-        with StopSignals():
-            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
-            worker.start()
-            send(signal.SIGINT)
-            send(signal.SIGINT)
-
-    began = time.monotonic()
-    assert os.waitstatus_to_exitcode(in_child(work)) == 130
-    os.close(write)
-    # End of file comes when the last process that inherited the pipe is gone.
-    assert os.read(read, 1) == b""
-    os.close(read)
-    assert time.monotonic() - began < 30
-
-
 def test_forked_workers_survive_an_interrupt_and_obey_sigterm() -> None:
     with StopSignals() as signals:
         ready, is_ready = os.pipe()
@@ -125,23 +89,3 @@ def test_forked_workers_survive_an_interrupt_and_obey_sigterm() -> None:
         assert signals.requested is None
         os.close(ready)
         os.close(is_ready)
-
-
-def poll_with_one_signal(rank: int, world: int, number: int) -> list[Any]:
-    with StopSignals() as signals:
-        answers = [signals.poll()]
-        if rank == 1:
-            send(number)
-        answers += [signals.poll(), signals.poll()]
-    return answers
-
-
-@pytest.mark.parametrize(
-    ("number", "wanted"),
-    [
-        (signal.SIGTERM, [(None, False), (15, False), (15, False)]),
-        (signal.SIGUSR1, [(None, False), (None, True), (None, False)]),
-    ],
-)
-def test_a_signal_to_one_rank_is_known_to_all(run_ranks: Any, number: int, wanted: list[Any]) -> None:
-    assert run_ranks(2, poll_with_one_signal, int(number)) == [wanted, wanted]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import random
 import tarfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.data.loader import LoaderOptions, Source, TrainStream, open_train
+from clipkit.data.sample import RawSample
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
 from clipkit.dist import World
@@ -133,3 +136,55 @@ def same(left: Sequence[Batch], right: Sequence[Batch]) -> bool:
 
 def _parts(batch: Batch) -> list[dict[str, Tensor]]:
     return [batch.images, batch.texts, batch.labels, batch.stored, batch.present]
+
+
+def global_batches(parts: list[list[Batch]]) -> list[Batch]:
+    """The batches of all ranks, joined row by row in rank order; texts padded back to one length."""
+
+    def joined(batches: tuple[Batch, ...]) -> Batch:
+        width = max(batch.texts["text"].shape[1] for batch in batches)
+        texts = [
+            torch.nn.functional.pad(batch.texts["text"], (0, width - batch.texts["text"].shape[1]))
+            for batch in batches
+        ]
+        return replace(
+            batches[0],
+            images={"image": torch.cat([batch.images["image"] for batch in batches])},
+            texts={"text": torch.cat(texts)},
+            ids=torch.cat([batch.ids for batch in batches]),
+            slots=torch.cat([batch.slots for batch in batches]),
+            keys=sum((batch.keys for batch in batches), ()),
+            rejects=sum((batch.rejects for batch in batches), ()),
+        )
+
+    return [joined(batches) for batches in zip(*parts, strict=True)]
+
+
+def global_run(
+    shards: Path, batch_size: int, size: int, start: int, stop: int, **options: Any
+) -> list[Batch]:
+    """The global batches as `size` ranks build them, one after the other in this process."""
+    return global_batches(
+        [take(stream(shards, batch_size, World(rank, size), **options), start, stop) for rank in range(size)]
+    )
+
+
+def raw(**members: bytes) -> RawSample:
+    """A sample whose members are given by extension."""
+    spans, chunk = {}, b""
+    for extension, data in members.items():
+        spans[extension] = (len(chunk), len(chunk) + len(data))
+        chunk += data
+    return RawSample("key", spans, chunk)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """An image in a format, as bytes."""
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def worker_pids() -> list[int]:
+    """The live children that multiprocessing has started from this process."""
+    return [process.pid or 0 for process in multiprocessing.active_children()]

@@ -139,3 +139,8 @@ def serving(root: Path) -> Iterator[ShardServer]:
         yield server
     finally:
         server.close()
+
+
+def addresses(server: ShardServer) -> str:
+    """The pattern of the three shards of a served set."""
+    return f"{server.url}/{{00000..00002}}.tar"

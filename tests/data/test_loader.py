@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,19 @@ from clipkit.data.loader import CaptionField, LoaderOptions, RejectBudget, Sourc
 from clipkit.data.ranges import divisors
 from clipkit.data.views import ImageView
 from clipkit.dist import World
-from clipkit.types import Batch, ConfigError, DataError, Reject
-from tests.data.makers import NoisyView, good, png, same, stream, take, write_shards, write_tar
+from clipkit.types import ConfigError, DataError, Reject
+from tests.data.makers import (
+    NoisyView,
+    global_batches,
+    global_run,
+    good,
+    png,
+    same,
+    stream,
+    take,
+    write_shards,
+    write_tar,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,41 +40,12 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("uneven"), [37, 1, 50, 9, 23])
 
 
-def global_batches(parts: list[list[Batch]]) -> list[Batch]:
-    """The batches of all ranks, joined row by row in rank order; texts padded back to one length."""
-
-    def joined(batches: tuple[Batch, ...]) -> Batch:
-        width = max(batch.texts["text"].shape[1] for batch in batches)
-        texts = [
-            torch.nn.functional.pad(batch.texts["text"], (0, width - batch.texts["text"].shape[1]))
-            for batch in batches
-        ]
-        return replace(
-            batches[0],
-            images={"image": torch.cat([batch.images["image"] for batch in batches])},
-            texts={"text": torch.cat(texts)},
-            ids=torch.cat([batch.ids for batch in batches]),
-            slots=torch.cat([batch.slots for batch in batches]),
-            keys=sum((batch.keys for batch in batches), ()),
-            rejects=sum((batch.rejects for batch in batches), ()),
-        )
-
-    return [joined(batches) for batches in zip(*parts, strict=True)]
-
-
-def run(shards: Path, batch_size: int, size: int, start: int, stop: int, **options: Any) -> list[Batch]:
-    """The global batches as `size` ranks build them, one after the other in this process."""
-    return global_batches(
-        [take(stream(shards, batch_size, World(rank, size), **options), start, stop) for rank in range(size)]
-    )
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 12, 60, 120])
 def test_every_world_builds_the_same_batches(uneven: Path, batch_size: int) -> None:
     reference = take(stream(uneven, batch_size), 0, 2 * (120 // batch_size))
     for size in divisors(batch_size):
         if size in (2, 3, 4, 7, 12):
-            assert same(run(uneven, batch_size, size, 0, len(reference)), reference)
+            assert same(global_run(uneven, batch_size, size, 0, len(reference)), reference)
     ids = torch.cat([batch.ids for batch in reference[: len(reference) // 2]])
     assert len(ids) == len(ids.unique()) == 120 // batch_size * batch_size
     for batch in reference:
@@ -95,21 +76,9 @@ def test_texts_are_trimmed_to_the_batch(uneven: Path) -> None:
     assert batch.texts["text"].dtype == torch.int64
 
 
-@pytest.mark.parametrize(("counts", "batch_size"), [([8], 8), ([8], 3), ([3, 2, 3], 4), ([1], 1), ([5], 5)])
-def test_tiny_sets(tmp_path: Path, counts: list[int], batch_size: int) -> None:
-    shards = write_shards(tmp_path / "set", counts)
-    total = sum(counts)
-    reference = take(stream(shards, batch_size), 0, 3 * (total // batch_size))
-    for epoch in range(3):
-        steps = total // batch_size
-        ids = torch.cat([batch.ids for batch in reference[epoch * steps : (epoch + 1) * steps]])
-        assert len(ids.unique()) == steps * batch_size
-    assert same(run(shards, batch_size, batch_size, 0, len(reference)), reference)
-
-
 def test_one_shard_serves_many_ranks_and_workers(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "set", [40])
-    assert same(run(shards, 8, 2, 0, 5, workers=3), run(shards, 8, 1, 0, 5))
+    assert same(global_run(shards, 8, 2, 0, 5, workers=3), global_run(shards, 8, 1, 0, 5))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -184,50 +153,6 @@ def test_augmentation_follows_seed_epoch_slot_and_view(uneven: Path) -> None:
 
 # Bad samples.
 
-BAD: dict[int, tuple[str, list[tuple[str, bytes]]]] = {
-    3: ("bad image", [("000003.png", png(3)[:40]), ("000003.txt", b"x")]),
-    4: ("bad image", [("000004.png", b"\xff\xd8\xff rubbish"), ("000004.txt", b"x")]),
-    40: ("empty image", [("000040.png", b""), ("000040.txt", b"x")]),
-    41: ("missing caption", [("000041.png", png(41))]),
-    42: ("missing image", [("000042.txt", b"x")]),
-    77: ("empty caption", [("000077.png", png(77)), ("000077.txt", b" \n")]),
-    118: ("caption is not UTF-8", [("000118.png", png(1)), ("000118.txt", b"\xff\xfe\xfa")]),
-}
-
-
-@pytest.fixture(scope="module")
-def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changed = {number: members for number, (_, members) in BAD.items()}
-    return write_shards(tmp_path_factory.mktemp("spoiled"), [37, 1, 50, 9, 23], changed)
-
-
-@pytest.mark.parametrize("batch_size", [8, 24])
-def test_bad_samples_are_replaced_in_place(uneven: Path, spoiled: Path, batch_size: int) -> None:
-    """Exactly the bad samples are replaced, by good ones; every other row is as if nothing had happened."""
-    steps = 120 // batch_size
-    clean = take(stream(uneven, batch_size), 0, steps)
-    dirty = take(stream(spoiled, batch_size), 0, steps)
-    rejects = [reject for batch in dirty for reject in batch.rejects]
-    assert sorted((int(reject.key), reject.reason) for reject in rejects) == [
-        (number, reason) for number, (reason, _) in sorted(BAD.items())
-    ]
-    for before, after in zip(clean, dirty, strict=True):
-        for row, number in enumerate(before.ids.tolist()):
-            if number in BAD:
-                (reject,) = [entry for entry in after.rejects if entry.slot == int(after.slots[row])]
-                assert after.keys[row] == reject.substitute
-                assert int(after.ids[row]) not in BAD
-                assert reject.shard.endswith(".tar")
-            else:
-                assert torch.equal(after.images["image"][row], before.images["image"][row])
-                assert after.ids[row] == before.ids[row]
-
-
-def test_rejects_do_not_depend_on_ranks_or_workers(spoiled: Path) -> None:
-    reference = take(stream(spoiled, 24), 0, 5)
-    assert same(run(spoiled, 24, 3, 0, 5), reference)
-    assert same(take(stream(spoiled, 24, workers=2), 0, 5), reference)
-
 
 def test_a_window_without_good_samples_borrows_from_the_set(tmp_path: Path) -> None:
     """N = B: every lane holds one sample, so a bad one takes the sample that follows it in the shards."""
@@ -235,19 +160,6 @@ def test_a_window_without_good_samples_borrows_from_the_set(tmp_path: Path) -> N
     (batch,) = take(stream(shards, 8), 0, 1)
     assert [reject.substitute for reject in batch.rejects] == ["000000"]
     assert sorted(batch.ids.tolist()) == [0, 0, 1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_in_a_row_stop_the_run(tmp_path: Path, workers: int) -> None:
-    """The error of a worker is the same DataError in the main process."""
-    bad = {number: [(f"{number:06d}.txt", b"x")] for number in range(5, 30)}
-    opened = stream(write_shards(tmp_path / "set", [30], bad), 6, workers=workers, max_consecutive=4)
-    with pytest.raises(
-        DataError, match=r"4 unusable samples in a row, the first: 0000.*missing image"
-    ) as caught:
-        take(opened, 0, 5)
-    assert "data.max_consecutive" in caught.value.cure
-    opened.close()
 
 
 def test_a_set_without_good_samples_ends(tmp_path: Path) -> None:
@@ -278,67 +190,7 @@ def test_captions_from_json(tmp_path: Path) -> None:
         open_train(two, [], [view], World())
 
 
-def test_pixel_limit_reaches_the_decoder(tmp_path: Path) -> None:
-    samples = [good(0), good(1), [("000002.png", png(2, size=40)), ("000002.txt", b"large")]]
-    shards = write_tar(tmp_path / "a.tar", samples)
-    (batch,) = take(stream(shards, 3, max_pixels=1000), 0, 1)
-    assert [(reject.key, reject.reason) for reject in batch.rejects] == [("000002", "too many pixels")]
-
-
 # States and refusals.
-
-
-def test_state_is_checked_key_by_key(uneven: Path, tmp_path: Path) -> None:
-    opened = stream(uneven, 12)
-    state = opened.state(3)
-    opened.check_state(state)
-    assert opened.world_sizes() == [1, 2, 3, 4, 6, 12]
-    assert opened.describe()["exact"] is True
-    for key, value in {"seed": 6, "batch_size": 24, "lanes": 4, "index_sha": "x", "order_version": 0}.items():
-        with pytest.raises(ConfigError, match=f"{key}: {value} -> "):
-            opened.check_state({**state, key: value})
-    copy = tmp_path / "copy"
-    shutil.copytree(uneven, copy)
-    stream(copy, 12, saved=state).check_state(state)
-    write_tar(copy / "00001.tar", [good(900)])
-    with pytest.raises(ConfigError, match="index_sha"):
-        stream(copy, 12, saved=state)
-    with pytest.raises(ConfigError, match="started with 12"):
-        stream(uneven, 12, saved=state, lanes=6)
-
-
-def test_saved_lanes_win_over_defaults(uneven: Path) -> None:
-    state = stream(uneven, 12, lanes=4).state(0)
-    later = stream(uneven, 12, World(1, 2), saved=state)
-    assert later.state(0)["lanes"] == 4
-    with pytest.raises(ConfigError, match="1, 2, 4"):
-        stream(uneven, 12, World(0, 3), saved=state)
-
-
-def test_impossible_sizes_are_refused(uneven: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="larger than the set of 120"):
-        stream(uneven, 121)
-    with pytest.raises(ConfigError, match="not a multiple of the 7 processes"):
-        stream(uneven, 12, World(0, 7))
-    with pytest.raises(ConfigError, match="lanes=5 does not divide"):
-        stream(uneven, 12, lanes=5)
-    write_tar(tmp_path / "empty.tar", [])
-    with pytest.raises(DataError, match="no sample"):
-        stream(tmp_path / "empty.tar", 1)
-
-
-def test_a_shard_changed_while_in_use(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "set", [30])
-    opened = stream(shards, 3, window_bytes=1)
-    batches = opened.batches(0, 10)
-    next(batches)
-    with open(shards / "00000.tar", "r+b") as file:
-        file.write(bytes(30 * 2048))
-    with pytest.raises(DataError, match="clipkit index --verify"):
-        list(batches)
-    os.truncate(shards / "00000.tar", 512)
-    with pytest.raises(DataError, match="changed after it was indexed"):
-        take(opened, 0, 10)
 
 
 def test_window_memory_is_bounded(uneven: Path) -> None:

@@ -16,11 +16,9 @@ from clipkit.data.rejects import LOST_CHUNK
 from clipkit.data.source import Unreadable
 from clipkit.data.tar_index import Index
 from clipkit.dist import World
-from clipkit.train import pretrain
 from clipkit.types import DataError, Reject
 from tests.data.makers import same, stream, take, write_shards
 from tests.data.servers import serving
-from tests.train.runs import values
 
 
 @pytest.fixture(autouse=True)
@@ -117,28 +115,6 @@ def test_the_limit_holds_over_ranks_and_restarts() -> None:
     del old["lost_chunks"]
     copy.load_state(old)
     assert copy.lost_chunks == set()
-
-
-def test_a_run_counts_what_it_lost_and_keeps_secrets(
-    tiny_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """From a server with a login and a signature: neither is in anything that is written or shown."""
-    with serving(tiny_shards) as server:
-        spec = server.url.replace("//", "//user:CANARY@") + "/{00000..00004}.tar?sig=CANARY"
-        config = values(tiny_shards, tmp_path / "run", run__steps=8, data__max_lost_chunks=1)
-        config["data"]["train"] = spec
-        server.always = broken(index_of(stream(spec, 12)), 1, 0)
-        with pytest.raises(DataError, match=r"\*\*\*@127.0.0.1"):
-            pretrain({**config, "data": {**config["data"], "max_lost_chunks": 0}}, resume="never")
-        pretrain(config)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
-    assert rows
-    assert {row["reason"] for row in rows} == {LOST_CHUNK}
-    assert {row["shard"].partition("@")[0] for row in rows} == {"http://***"}
-    shown = capfd.readouterr()
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert "lost a chunk: http://***@127.0.0.1" in shown.err
-    assert b"CANARY" not in written + (shown.out + shown.err).encode()
 
 
 def test_a_disk_that_fails_is_treated_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,10 @@ from clipkit.data.indexing import build_index
 from clipkit.data.options import Storage
 from clipkit.data.remote import RemoteShards, ShardBytes
 from clipkit.data.scan import scan_shard
-from clipkit.data.source import Unreadable, expand_shards, needs_stream
+from clipkit.data.source import expand_shards, needs_stream
 from clipkit.types import ConfigError, DataError
 from tests.data.makers import good, same, stream, take, write_shards, write_tar
-from tests.data.servers import ShardServer, served, serving, stalled, status
-
-STORAGE = Storage()
+from tests.data.servers import ShardServer, addresses, served, serving, status
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +46,7 @@ def server(folder: Path) -> Iterator[ShardServer]:
         yield found
 
 
-def addresses(server: ShardServer) -> str:
-    return f"{server.url}/{{00000..00002}}.tar"
+STORAGE = Storage()
 
 
 def test_the_same_samples_as_from_a_disk(folder: Path, server: ShardServer) -> None:
@@ -83,36 +80,6 @@ def test_a_walk_needs_few_requests(
     assert server.connections == 1
 
 
-def damaged_reads() -> dict[str, Any]:
-    return {
-        "500 twice": [status(500), status(503)],
-        "asked to wait": [status(429, Retry_After="0")],
-        "stalled": [stalled(0.5)],
-        "short": [served(keep=0.4), served(keep=0.5)],
-        "another range": [served(shift=7)],
-        "no range in the answer": [status(206)],
-    }
-
-
-@pytest.mark.parametrize("name", damaged_reads())
-def test_failing_reads_are_repeated_and_continued(
-    name: str, folder: Path, server: ShardServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    url, data = f"{server.url}/00000.tar", (folder / "00000.tar").read_bytes()
-    source = RemoteShards(STORAGE)
-    facts = source.facts(url)
-    assert facts[0] == len(data)
-    server.faults.extend(damaged_reads()[name])
-    assert source.read(url, 1000, 9000, facts) == data[1000:9000]
-    assert source.retried == len(damaged_reads()[name])
-    assert f"reading again (1 so far): {url}, byte " in capsys.readouterr().err
-    if name == "short":
-        # What had come is not asked for again.
-        begins = [int(asked[6:].split("-")[0]) for _, asked, _ in server.requests[1:]]
-        assert begins == [1000, 4200, 6600]
-    source.close()
-
-
 def test_a_closed_connection_is_opened_again_without_a_word(folder: Path, server: ShardServer) -> None:
     url = f"{server.url}/00000.tar"
     source = RemoteShards(STORAGE)
@@ -131,74 +98,10 @@ def test_a_closed_connection_is_opened_again_without_a_word(folder: Path, server
     assert copy.read(url, 0, 512, facts) == source.read(url, 0, 512, facts)
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind", "words"),
-    [
-        (status(500), Unreadable, r"byte 0 \(HTTP 500; 4 attempts\)"),
-        (status(404), DataError, r"no such file \(HTTP 404\)"),
-        (status(403), DataError, r"access denied \(HTTP 403\)"),
-        (status(400), DataError, "HTTP 400"),
-        (served(ranges=False), DataError, "ignores ranges.*\n.*data.on_no_range=stream"),
-        (served(shift=3), Unreadable, "bytes 3-514 instead of 0-511"),
-        (served(keep=0.0), Unreadable, "0 of 512 bytes"),
-        (stalled(0.4), Unreadable, "no answer in 0.3 s"),
-    ],
-)
-def test_a_read_that_cannot_succeed(
-    server: ShardServer, fault: Any, kind: type[Exception], words: str
-) -> None:
-    url = f"{server.url}/00001.tar"
-    source = RemoteShards(STORAGE)
-    facts = source.facts(url)
-    server.always = fault
-    with pytest.raises(kind, match=words) as caught:
-        source.read(url, 0, 512, facts)
-    assert type(caught.value) is kind or words.startswith("ignores")
-    with pytest.raises(DataError, match=r"1 of 1 shards cannot be read|ignores ranges"):
-        build_index([url])
-
-
-def test_a_changed_object_is_refused(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "set", [20, 20])
-    with serving(shards) as server:
-        spec = expand_shards(f"{server.url}/{{00000..00001}}.tar")
-        index = build_index(spec)
-        data = bytearray((shards / "00001.tar").read_bytes())
-        data[600] ^= 1  # in a payload: the size and every header stay
-        (shards / "00001.tar").write_bytes(data)
-        source = ShardBytes(index)
-        assert source.read(0, 0, 512)
-        with pytest.raises(DataError, match=r"changed after it was indexed\nrun: clipkit index --verify"):
-            source.read(1, 0, 512)
-        # The next start sees it before the first step, and walks the changed shard only.
-        server.requests.clear()
-        again = build_index(spec)
-        assert again.stamps[0] == index.stamps[0]
-        assert again.stamps[1] != index.stamps[1]
-        asked = [path for path, wanted, _ in server.requests if wanted != "bytes=0-0"]
-        assert asked == ["/00001.tar"]
-        write_tar(shards / "00001.tar", [good(number) for number in range(9)])
-        with pytest.raises(DataError, match="changed after it was indexed"):
-            ShardBytes(again).read(1, 20_000, 30_000)
-
-
 def test_servers_without_tags_are_read_by_size(folder: Path, server: ShardServer) -> None:
     server.always = served(tag=False)
     assert build_index(expand_shards(addresses(server))).stamps.tolist() == [0, 0, 0]
     assert len(take(stream(addresses(server), 6), 0, 2)) == 2
-
-
-def test_a_server_without_ranges(folder: Path, server: ShardServer) -> None:
-    server.always = served(ranges=False)
-    with pytest.raises(DataError, match="ignores ranges"):
-        stream(addresses(server), 6)
-    opened = stream(addresses(server), 6, on_no_range="stream")
-    assert (opened.exact, opened.num_samples) == (False, 60)
-    keys = [int(key) for batch in take(opened, 0, 10) for key in batch.keys]
-    assert sorted(keys) == list(range(60))
-    server.always = served(ranges=False, keep=0.7)
-    with pytest.raises(DataError, match=r"00000\.tar: cannot be read .*too early"):
-        take(opened, 0, 10)
 
 
 def test_compressed_remote_shards_are_streams(tmp_path: Path) -> None:
@@ -212,31 +115,6 @@ def test_compressed_remote_shards_are_streams(tmp_path: Path) -> None:
             take(opened, 0, 1)
 
 
-def test_redirects_stay_on_the_list(folder: Path, server: ShardServer) -> None:
-    url, data = f"{server.url}/00000.tar", (folder / "00000.tar").read_bytes()
-    source = RemoteShards(STORAGE)
-    with serving(folder) as other:
-        server.always = status(302, Location=f"{other.url}/00000.tar?sig=1")
-        facts = source.facts(url.replace("//", "//me:secret@"))
-        assert source.read(url, 0, 600, facts) == data[:600]
-        assert source.read(url, 600, 900, facts) == data[600:900]
-        # The way is remembered, and the login stays with the server it was written for.
-        assert len(server.requests) == 2
-        assert [request[2][:5] for request in server.requests] == ["Basic", ""]
-        assert {request[2] for request in other.requests} == {""}
-        # What it leads to has expired: the way is asked for again.
-        other.faults.append(status(403))
-        assert source.read(url, 0, 600, facts) == data[:600]
-        assert len(server.requests) == 3
-    for target in ("http://169.254.169.254/a", "file:///etc/passwd", "ftp://host/a", "http://host/a.tar"):
-        server.always = status(302, Location=target)
-        with pytest.raises(DataError, match="not https:"):
-            RemoteShards(STORAGE).facts(url)
-    server.always = status(302, Location=url)
-    with pytest.raises(DataError, match="more than 5 redirects"):
-        RemoteShards(STORAGE).facts(url)
-
-
 def test_the_proxy_of_the_environment_is_used(server: ShardServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", server.url.replace("//", "//me:CANARY@"))
     with pytest.raises(DataError, match="Tunnel connection failed: 407") as caught:
@@ -246,27 +124,6 @@ def test_the_proxy_of_the_environment_is_used(server: ShardServer, monkeypatch: 
     assert clipkit.data.http_ranges._proxy("localhost") is None
     monkeypatch.setenv("no_proxy", "shards.invalid")
     assert clipkit.data.http_ranges._proxy("shards.invalid") is None
-
-
-def test_no_secret_is_written(
-    folder: Path, server: ShardServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = addresses(server).replace("//", "//user:CANARY@") + "?sig=CANARY&part=1"
-    server.faults.append(status(500))
-    index = build_index(expand_shards(spec), cache_dir=tmp_path / "index")
-    assert server.requests[-1][2].startswith("Basic")
-    assert server.requests[-1][0].endswith("?sig=CANARY&part=1")
-    # A new signature is the same set; another part is not.
-    server.requests.clear()
-    again = build_index(expand_shards(spec.replace("CANARY", "OTHER")), cache_dir=tmp_path / "index")
-    assert again.file == index.file
-    assert {wanted for _, wanted, _ in server.requests} == {"bytes=0-0"}
-    other = build_index(expand_shards(spec.replace("part=1", "part=2")), cache_dir=tmp_path / "index")
-    assert other.file != index.file
-    shown = capsys.readouterr()
-    held = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"***@127.0.0.1" in held
-    assert b"CANARY" not in held + (shown.out + shown.err).encode()
 
 
 def test_ranks_walk_together(

@@ -120,24 +120,6 @@ def test_batch_sizes_change_nothing_for_an_encoder_without_batch_effects(tmp_pat
     assert all(other == first for other in others)
 
 
-def _on_rank(rank: int, size: int, folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    encoder = Projection(position_noise=0.3)
-    result = retrieval(encoder, folder, batch_size=16, world=World(rank, size, rank))
-    return result, [encoder.image_shapes, encoder.text_shapes]
-
-
-def test_results_are_identical_for_every_number_of_ranks(
-    tmp_path: Path, run_ranks: Callable[..., list[Any]]
-) -> None:
-    folder = _folder(tmp_path)
-    alone, _ = _on_rank(0, 1, folder)
-    for size in (2, 3):
-        ranks = run_ranks(size, _on_rank, folder)
-        assert all(result == alone for result, _ in ranks)
-        assert all(shapes == ranks[0][1] for _, shapes in ranks)  # equally many forwards of equal shapes
-        assert len(ranks[0][1][0]) == -(-8 // size)  # 113 images are 8 batches of 16
-
-
 def test_diagnostics_are_those_of_training(tmp_path: Path) -> None:
     class Warm(Projection):
         logit_scale = 14.25

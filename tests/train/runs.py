@@ -65,3 +65,15 @@ def losses(folder: Path) -> list[float]:
 def weights(folder: Path) -> bytes:
     """Returns the bytes of the exported weights."""
     return (folder / "export" / "open_clip_model.safetensors").read_bytes()
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Returns the records of one kind of event in metrics.jsonl."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record.get("event") == kind]
+
+
+def saved(folder: Path, step: int) -> dict[str, bytes]:
+    """Returns the bytes of weights and optimizer in the checkpoint of a step."""
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    return {name: (checkpoint / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}

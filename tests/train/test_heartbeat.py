@@ -3,75 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from clipkit.checkpoint import CheckpointStore, process_start
-from clipkit.cli import main
+from clipkit.checkpoint import process_start
 from clipkit.dist import World
 from clipkit.train.heartbeat import Heartbeat, Sign, behind, missing, read_signs
 from clipkit.types import ClipkitError
-from tests.conftest import Ranks
-from tests.train.runs import values
-
-
-def command(rank: int, world: int, path: str) -> None:
-    os._exit(main(["pretrain", path]))
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def eventually(holds: Any, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self/task").is_dir(), reason="workers are found in /proc: run it on Linux"
-)
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [(signal.SIGKILL, " is gone, last "), (signal.SIGSTOP, " has given no sign for ")],
-)
-def test_a_rank_that_is_missing_is_named_and_the_other_leaves(
-    tiny_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int, message: str
-) -> None:
-    config = values(tiny_shards, tmp_path / "run", run__steps=5000, run__timeout="3s", data__workers=2)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    ranks = Ranks(2, command, str(tmp_path / "run.yaml"))
-    try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        assert eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 6, 120)
-        stays, goes = ranks.processes
-        assert stays.pid is not None
-        assert goes.pid is not None
-        workers = children(stays.pid)
-        assert len(workers) >= 1
-        os.kill(goes.pid, number)
-        stays.join(60)
-        assert stays.exitcode == 1
-        assert eventually(lambda: all(process_start(worker) is None for worker in workers), 10)
-        error = capfd.readouterr().err
-        assert f"rank 1 (process {goes.pid} on {socket.gethostname()}){message}" in error
-        assert "cure: look at what that rank wrote last" in error
-        assert "Traceback" not in error
-        found = CheckpointStore(tmp_path / "run" / "checkpoints", World()).newest()
-        assert found is not None
-        assert found.step >= 5
-    finally:
-        ranks.kill()
 
 
 def sign(rank: int, **changes: Any) -> Sign:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from pathlib import Path
@@ -21,8 +20,7 @@ from clipkit.train.resume import guarantee
 from clipkit.types import ConfigError
 from tests.conftest import Ranks
 from tests.objectives.entries import ENTRIES
-from tests.train.runs import columns, losses, trace, train, values, weights
-from tests.train.test_one_big_batch import model
+from tests.train.runs import columns, trace, train, values, weights
 
 STEPS = 24
 
@@ -41,25 +39,6 @@ def kill_at(config: dict[str, Any], world: int, step: int) -> None:
         assert all(process.is_alive() for process in ranks.processes) or lines(metrics) >= step
         time.sleep(0.002)
     ranks.kill()
-
-
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 0)])
-def test_killed_runs_continue_bit_for_bit(
-    tiny_shards: Path, tmp_path: Path, world: int, workers: int
-) -> None:
-    # Dropout on, so that random states matter; two kills, the second in the resumed run.
-    common = {"data__workers": workers}
-    straight = values(tiny_shards, tmp_path / "straight", **common)
-    broken = values(tiny_shards, tmp_path / "broken", **common)
-    straight["model"] = broken["model"] = model("roberta_dropout")
-    Ranks(world, train, straight).values()
-    draw = random.Random(world * 10 + workers)
-    for step in sorted(draw.sample(range(2, STEPS - 2), 2)):
-        kill_at(broken, world, step)
-    Ranks(world, train, broken).values()
-    assert trace(tmp_path / "broken") == trace(tmp_path / "straight")
-    assert len(trace(tmp_path / "straight")) == STEPS
-    assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
 
 
 def test_frozen_weights_are_stored_once_and_runs_continue_with_them(
@@ -90,23 +69,6 @@ def test_frozen_weights_are_stored_once_and_runs_continue_with_them(
         }
         assert trunk
         assert all(torch.equal(x, once[f"towers.clip.{name}"]) for name, x in trunk.items())
-
-
-def test_workers_do_not_change_the_losses(tiny_shards: Path, tmp_path: Path) -> None:
-    for workers in (0, 2):
-        config = values(tiny_shards, tmp_path / str(workers), data__workers=workers)
-        config["model"] = model("roberta_dropout")
-        Ranks(1, train, config).values()
-    assert trace(tmp_path / "0") == trace(tmp_path / "2")
-
-
-def test_ranks_do_not_change_the_losses(tiny_shards: Path, tmp_path: Path) -> None:
-    for world in (1, 2):
-        config = values(tiny_shards, tmp_path / str(world), run__steps=20, data__lanes=4)
-        Ranks(world, train, config).values()
-    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
-    assert len(one) == 20
-    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
 
 
 def test_a_finished_run_only_exports_again(tiny_shards: Path, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from clipkit.train.spikes import spike_of
 from clipkit.types import ClipkitError
 from tests.conftest import Ranks
 from tests.objectives.entries import ENTRIES
-from tests.train.runs import trace, values, weights
-from tests.train.test_guards import events, saved
+from tests.train.runs import events, saved, trace, values, weights
 
 
 def test_a_leap_is_seen_and_noise_is_not() -> None:

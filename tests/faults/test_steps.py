@@ -1,21 +1,28 @@
-"""Steps that must not reach the weights: what is not finite on one rank is skipped on all of them."""
+"""Steps that must not reach the weights, and numbers that no number of processes may change."""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from clipkit.dist import World
+from clipkit.evaluation.retrieval import retrieval
+from clipkit.export import load
 from clipkit.learner import Learner
+from clipkit.objectives.base import Scale
 from clipkit.train import pretrain
 from clipkit.types import ClipkitError
 from tests.conftest import Ranks
+from tests.evaluation.encoders import Projection
+from tests.evaluation.test_retrieval import _folder
 from tests.objectives.entries import ENTRIES
-from tests.train.runs import columns, values, weights
+from tests.train.runs import columns, events, saved, values, weights
+from tests.train.test_one_big_batch import check_same, two_steps
 
 
 def spoil(rank: int, steps: tuple[int, ...], factor: float, gradient: bool) -> None:
@@ -45,21 +52,17 @@ def train_spoiled(rank: int, world: int, config: dict[str, Any], *how: Any) -> s
     return ""
 
 
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record.get("event") == kind]
-
-
-def saved(folder: Path, step: int) -> dict[str, bytes]:
-    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-    return {name: (checkpoint / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
-
-
 @pytest.mark.parametrize(
     ("objectives", "gradient", "micro"),
     [(("clip", "simclr", "moco", "byol", "swav, queue"), True, None), (("clip", "simclr"), False, 2)],
 )
-def test_what_is_not_finite_on_one_rank_moves_nothing_on_any(
+@pytest.mark.fault(
+    "F20",
+    "NaN in loss or gradient on one of two ranks, two steps in a row",
+    "both ranks skip the same steps; weights, optimizer, queues and averages stay byte for byte; the log "
+    "names term, rank and samples",
+)
+def test_f20_what_is_not_finite_on_one_rank_moves_nothing_on_any(
     tiny_shards: Path, tmp_path: Path, objectives: tuple[str, ...], gradient: bool, micro: int | None
 ) -> None:
     # A checkpoint after every step, byte for byte: weights, averages, queues, BatchNorm, optimizer.
@@ -91,7 +94,12 @@ def test_what_is_not_finite_on_one_rank_moves_nothing_on_any(
     assert logged["lr"][1:] == sorted(set(logged["lr"]), reverse=True)
 
 
-def test_too_many_in_a_row_end_the_run_and_a_resumed_run_counts_on(
+@pytest.mark.fault(
+    "F20",
+    "more NaN steps in a row than `run.max_skipped_steps`, over a restart",
+    "the run stops; what is resumed counts on; no bad checkpoint",
+)
+def test_f20_too_many_in_a_row_end_the_run_and_a_resumed_run_counts_on(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = Learner._score
@@ -119,3 +127,78 @@ def test_too_many_in_a_row_end_the_run_and_a_resumed_run_counts_on(
     assert weights(straight) == weights(broken)
     assert columns(straight)["loss"] == columns(broken)["loss"]
     assert columns(straight)["skipped"][-1] == 5
+
+
+@pytest.mark.fault(
+    "F21", "a learning rate of 1e30", "the run stops, naming step and samples; the last checkpoint is finite"
+)
+def test_f21_a_learning_rate_that_overflows(tiny_shards: Path, tmp_path: Path) -> None:
+    config = values(tiny_shards, tmp_path / "run", optim__lr=1e30, run__checkpoint_every=1)
+    with pytest.raises(ClipkitError, match=r"not finite at step \d+ \(samples \d{6}"):
+        pretrain(config)
+    # What was saved before is still a finite model.
+    assert load(tmp_path / "run").logit_scale > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "micro"), [("patch_dropout", "clip", 6), ("roberta_dropout", "siglip", 3)]
+)
+@pytest.mark.fault(
+    "F31",
+    "micro-batches of towers with dropout",
+    "gradients and losses of the full graph with the same random numbers, to 1e-10 in fp64",
+)
+def test_f31_caching_replays_stochastic_layers(run_ranks: Any, kind: str, objective: str, micro: int) -> None:
+    (expected,) = run_ranks(1, two_steps, kind, objective, "reference", micro)
+    (found,) = run_ranks(1, two_steps, kind, objective, "cached", micro)
+    check_same(found, expected)
+    (other,) = run_ranks(1, two_steps, kind, objective, "cached", micro, 8)
+    assert not torch.equal(other["0.loss"], found["0.loss"]), "nothing stochastic ran"
+
+
+def _on_rank(rank: int, size: int, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    encoder = Projection(position_noise=0.3)
+    result = retrieval(encoder, folder, batch_size=16, world=World(rank, size, rank))
+    return result, [encoder.image_shapes, encoder.text_shapes]
+
+
+@pytest.mark.fault(
+    "F32",
+    "113 pictures in batches of 16 on 2 and 3 processes",
+    "every number as on one; equally many forwards of equal shapes on each",
+)
+def test_f32_results_are_identical_for_every_number_of_ranks(
+    tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    folder = _folder(tmp_path)
+    alone, _ = _on_rank(0, 1, folder)
+    for size in (2, 3):
+        ranks = run_ranks(size, _on_rank, folder)
+        assert all(result == alone for result, _ in ranks)
+        assert all(shapes == ranks[0][1] for _, shapes in ranks)  # equally many forwards of equal shapes
+        assert len(ranks[0][1][0]) == -(-8 // size)  # 113 images are 8 batches of 16
+
+
+@pytest.mark.fault(
+    "F21", "a temperature that starts at 1 / 1,000", "clamped to 1 / 100 with the first step; finite losses"
+)
+def test_f21_a_scale_of_a_thousand_is_clamped(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Scale(log_scale=math.log(1e3))
+    monkeypatch.setattr("clipkit.train.setup.shared_scale", lambda _: start)
+    pretrain(values(tiny_shards, tmp_path / "run", run__steps=3))
+    found = columns(tmp_path / "run")
+    assert max(found["logit_scale"]) <= 100.001
+    assert all(math.isfinite(loss) for loss in found["loss"])
+
+
+@pytest.mark.fault(
+    "F31",
+    "two objectives at once on 2 processes with micro-batches",
+    "losses and gradients of one process with the whole batch, to 1e-10 in fp64",
+)
+def test_f31_ranks_and_micro_batches_equal_one_batch(run_ranks: Any) -> None:
+    (expected,) = run_ranks(1, two_steps, "native", "clip + simclr", "full", 0)
+    for found in run_ranks(2, two_steps, "native", "clip + simclr", "cached", 3):
+        check_same(found, expected)

@@ -55,7 +55,10 @@ def write_holder(folder: Path, **holder: Any) -> None:
     (folder / LOCK_FILE).write_text(json.dumps(holder))
 
 
-def test_the_lock_names_its_holder_and_goes_away(tmp_path: Path) -> None:
+@pytest.mark.fault(
+    "F33", "a second run into a directory", "refused; the lock goes away with the first, however that ends"
+)
+def test_f33_the_lock_names_its_holder_and_goes_away(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     with run_lock(folder) as path:
         holder = json.loads(path.read_text())
@@ -70,7 +73,10 @@ def test_the_lock_names_its_holder_and_goes_away(tmp_path: Path) -> None:
         pass
 
 
-def test_a_living_process_is_respected_and_a_killed_one_replaced_at_once(tmp_path: Path) -> None:
+@pytest.mark.fault(
+    "F33", "a run whose process lives, then is killed", "named with host and process; replaced at once"
+)
+def test_f33_a_living_process_is_respected_and_a_killed_one_replaced_at_once(tmp_path: Path) -> None:
     with another_process(lambda: hold(tmp_path)) as pid:
         with pytest.raises(ConfigError) as refused, run_lock(tmp_path):
             pass
@@ -83,7 +89,8 @@ def test_a_living_process_is_respected_and_a_killed_one_replaced_at_once(tmp_pat
             assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_orphaned_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path: Path) -> None:
+@pytest.mark.fault("F33", "workers that outlive a killed run", "do not hold its lock")
+def test_f33_orphaned_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path: Path) -> None:
     orphan = tmp_path / "orphan"
 
     def work() -> None:
@@ -104,7 +111,12 @@ def test_orphaned_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path: Path) -
             os.kill(int(orphan.read_text()), signal.SIGKILL)
 
 
-def test_a_recorded_process_without_the_kernel_lock_is_judged_by_pid_and_start(tmp_path: Path) -> None:
+@pytest.mark.fault(
+    "F33",
+    "a lock of a process number that was used again, of a zombie, without the kernel's lock",
+    "judged by number and start time",
+)
+def test_f33_a_recorded_process_is_judged_by_pid_and_start(tmp_path: Path) -> None:
     """As on a file system whose locks do not reach here."""
     host = socket.gethostname()
     with another_process(lambda: None) as pid:
@@ -128,13 +140,19 @@ def test_a_recorded_process_without_the_kernel_lock_is_judged_by_pid_and_start(t
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"pid": "x"}', '{"host": "elsewhere", "pid": 1, "start": "0"}']
 )
-def test_torn_locks_and_those_of_gone_machines_are_taken_over(tmp_path: Path, content: str) -> None:
+@pytest.mark.fault(
+    "F33", "torn lock files, those of other machines", "taken over where the kernel's lock is free"
+)
+def test_f33_torn_locks_and_those_of_gone_machines_are_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK_FILE).write_text(content)
     with run_lock(tmp_path) as path:
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_without_kernel_locks_another_machine_is_believed(
+@pytest.mark.fault(
+    "F33", "a file system without locks", "another machine is believed, a dead process here is not"
+)
+def test_f33_without_kernel_locks_another_machine_is_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(*_: Any) -> None:
@@ -149,7 +167,8 @@ def test_without_kernel_locks_another_machine_is_believed(
         pass
 
 
-def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path) -> None:
+@pytest.mark.fault("F33", "eight runs that start at once", "one gets the directory")
+def test_f33_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path) -> None:
     write_holder(tmp_path, host=socket.gethostname(), pid=2**22 + 1, start="0")
     begin = time.time() + 0.5
 
@@ -159,9 +178,14 @@ def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path) -> None:
             pid = os.fork()
             if pid == 0:
                 time.sleep(max(0.0, begin - time.time()))
-                with contextlib.suppress(ConfigError), run_lock(tmp_path):
-                    (tmp_path / f"winner-{number}").touch()
-                    time.sleep(1.5)
+                try:
+                    with run_lock(tmp_path):
+                        (tmp_path / f"winner-{number}").touch()
+                        deadline = time.time() + 60
+                        while len(list(tmp_path.glob("refused-*"))) < 7 and time.time() < deadline:
+                            time.sleep(0.01)
+                except ConfigError:
+                    (tmp_path / f"refused-{number}").touch()
                 os._exit(0)
             pids.append(pid)
         for pid in pids:
@@ -171,7 +195,8 @@ def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("winner-*"))) == 1
 
 
-def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+@pytest.mark.fault("F16", "a run directory below a file", "refused at once")
+def test_f16_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written to"), run_lock(tmp_path / "file" / "run"):
         pass
@@ -185,7 +210,8 @@ def lock_free_and_busy(rank: int, world: int, folder: Path, busy: Path) -> str:
     return refused.value.cause
 
 
-def test_all_ranks_get_the_verdict_of_rank_zero(tmp_path: Path, run_ranks: Any) -> None:
+@pytest.mark.fault("F33", "a busy directory and two ranks", "both ranks get the same refusal")
+def test_f33_all_ranks_get_the_verdict_of_rank_zero(tmp_path: Path, run_ranks: Any) -> None:
     busy = tmp_path / "busy"
     busy.mkdir()
     with another_process(lambda: hold(busy)) as pid:
