@@ -14,7 +14,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -167,7 +167,7 @@ class Indexing:
         """Returns the index of the whole set, saved if a folder takes it."""
         everything = range(len(self.shards))
         self.fingerprints(everything)
-        index = _assemble(self.shards, self.walk(everything, workers, on_shard))
+        index = assemble(self.shards, self.walk(everything, workers, on_shard))
         if not index.num_samples:
             raise DataError(
                 f"no sample in {len(self.shards)} shard(s), first {self.shards[0]}",
@@ -259,7 +259,8 @@ def _thin(scan: ShardScan) -> ShardScan:
     return scan._replace(starts=kept)
 
 
-def _assemble(shards: list[str], found: Iterator[ShardScan]) -> Index:
+def assemble(shards: Sequence[str], found: Iterable[ShardScan]) -> Index:
+    """Returns the index of these shards, in memory, from their scans in the same order."""
     scans: list[ShardScan] = []
     total = 0
     sparse = False
