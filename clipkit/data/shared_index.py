@@ -51,6 +51,9 @@ def shared_index(shards: list[str], options: LoaderOptions, world: dist.World) -
     assert loaded is not None
     if len(set(dist.gather_objects(loaded.sha))) > 1:
         raise DataError("the processes see different shards", "give every machine the same files")
+    if world.is_main:
+        # Those of a first epoch without an index, and of a walk that was killed at its very end.
+        work.discard_records(loaded)
     return loaded
 
 

@@ -49,6 +49,7 @@ def test_killed_runs_continue_bit_for_bit(shards: Path, tmp_path: Path, world: i
     Ranks(world, train, broken).values()
     assert trace(tmp_path / "broken") == trace(tmp_path / "straight")
     assert len(trace(tmp_path / "straight")) == STEPS
+    assert not (apart / RECORDS).exists()
     assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
 
 
