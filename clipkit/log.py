@@ -68,7 +68,8 @@ class RunLog:
     """The voice of one run. On ranks other than the main one every method does nothing.
 
     Keys of a step record: step, samples, loss, loss/<objective>, lr, logit_scale, grad_norm,
-    samples_per_second, data_wait (fraction of the time spent waiting for data), accuracy (in-batch, 0..1).
+    samples_per_second, data_wait (fraction of the time spent waiting for data), accuracy (in-batch, 0..1),
+    read_retries (reads of all ranks that failed and were tried again since the last record, if any).
     Others are written to metrics.jsonl and not shown.
     """
 

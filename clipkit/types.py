@@ -81,6 +81,7 @@ class Batch:
     slots     int64 (B,), position of the row in its epoch (what augmentation seeds derive from)
     keys      sample keys, for messages
     rejects   samples that were replaced while this batch was built
+    retries   reads that failed and were tried again while it was built
     """
 
     images: dict[str, Tensor]
@@ -92,6 +93,7 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
     rejects: tuple[Reject, ...] = ()
+    retries: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -36,8 +36,9 @@ def quickstart(
 
 
 def _rehearsal(report: Mapping[str, Any]) -> str:
+    per_epoch = report["samples_per_epoch"]
     rows = [
-        ["samples per epoch", f"{report['samples_per_epoch']:,}"],
+        ["samples per epoch", "not known yet" if per_epoch is None else f"{per_epoch:,}"],
         ["steps", f"{report['steps']:,}"],
         ["speed", f"{report['samples_per_s']:,.1f} samples/s"],
         ["time to the end", duration(report["seconds_left"])],

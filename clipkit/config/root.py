@@ -73,6 +73,11 @@ class Config(Section):
                 f"run.world_size {world} does not divide data.batch_size {batch}",
                 "data.batch_size is the global batch: make it a multiple of the number of processes",
             )
+        if self.data.index == "lazy" and self.run.epochs is not None:
+            raise refuse(
+                "run.epochs needs the number of samples, which data.index: lazy does not know",
+                "give run.samples or run.steps instead",
+            )
         if self.run.samples is not None and self.run.samples < batch:
             raise refuse(
                 f"run.samples {self.run.samples} is less than one batch of {batch}",
@@ -95,11 +100,12 @@ class Config(Section):
             return 0
         return parse_interval(self.optim.warmup).in_steps(total_steps) or 0
 
-    def total_steps(self, steps_per_epoch: int) -> int:
+    def total_steps(self, steps_per_epoch: int | None) -> int:
         """Returns the length of the run in optimizer steps (samples are rounded down to whole batches)."""
         if self.run.steps is not None:
             return self.run.steps
         if self.run.epochs is not None:
+            assert steps_per_epoch is not None, "a lazy index does not go with run.epochs"
             return self.run.epochs * steps_per_epoch
         return (self.run.samples or 0) // self.data.batch_size
 

@@ -230,7 +230,8 @@ class DataConfig(Section):
 
     max_lost_chunks: how many chunks may stay unreadable, their samples replaced and listed in rejects.jsonl;
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
-    index_dir: a folder with the index that `clipkit index --out` made.
+    index_dir: a folder with the index that `clipkit index --out` made; index: lazy builds it while the first
+    epoch is read, in an order of whole shards.
     """
 
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), Field(min_length=1)]
@@ -246,6 +247,7 @@ class DataConfig(Section):
     allow_pipe: bool = False
     on_no_range: Literal["refuse", "stream"] = "refuse"
     index_dir: Text | None = None
+    index: Literal["eager", "lazy"] = "eager"
     storage: StorageConfig = StorageConfig()
     crop_scale: Annotated[tuple[float, float], BeforeValidator(as_tuple)] | None = None
     recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)

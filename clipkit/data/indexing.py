@@ -1,11 +1,12 @@
 """From a list of shards to their index: what is known already is read, the rest is walked and kept.
 
-Every finished shard leaves a record of its own, so that a killed walk continues after it, machines can share
-the shards of one set, and a set that grew is walked where it grew.
+Every finished shard leaves a record of its own, so that a killed walk continues after it and machines can
+share the shards of one set. A set that grew is walked where it grew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,14 @@ from clipkit.data.options import DEFAULT_STORAGE, Storage
 from clipkit.data.scan import REMOTE_BLOCK, ShardScan, scan_shard
 from clipkit.data.source import is_remote
 from clipkit.data.tar_format import BLOCK
-from clipkit.data.tar_index import SPARSE_STRIDE, Index, load_index, replacing, save_index
+from clipkit.data.tar_index import (
+    SPARSE_STRIDE,
+    Index,
+    load_index,
+    replacing,
+    save_index,
+    saved_indices,
+)
 from clipkit.types import DataError
 
 DENSE_SAMPLES = 1 << 20
@@ -56,7 +64,9 @@ class Indexing:
     """The indexing of a list of shards.
 
     The index and the records lie in `cache_dir`, by default beside the first shard, or in the user's cache
-    folder when that cannot be written or is remote. `refresh` ignores what is there.
+    folder when that cannot be written or is remote. `refresh` ignores what is there. Once a whole index lies
+    beside the shards, their records are removed; those in a cache folder stay, because who else needs them
+    there is not known: other machines, or a larger set.
     """
 
     def __init__(
@@ -77,7 +87,9 @@ class Indexing:
             self.folders = [_user_cache()]
         else:
             self.folders = [Path(self.shards[0]).parent, _user_cache()]
+        self._beside = None if cache_dir or is_remote(self.shards[0]) else self.folders[0]
         self._fingerprints: dict[int, Fingerprint] = {}
+        self._earlier: dict[tuple[str, Fingerprint], tuple[Index, int]] | None = None
 
     def fingerprints(self, numbers: Sequence[int]) -> list[Fingerprint]:
         """Returns size and stamp of these shards; all that cannot be read are reported at once."""
@@ -119,8 +131,40 @@ class Indexing:
         folder = self.records()
         if self.refresh or folder is None:
             return list(numbers)
-        known = zip(numbers, self.fingerprints(numbers), strict=True)
-        return [at for at, now in known if read_record(folder, self.shards[at], now) is None]
+        self.fingerprints(numbers)
+        return [number for number in numbers if self._known(folder, number) is None]
+
+    def _known(self, folder: Path, number: int) -> ShardScan | None:
+        """What an earlier walk found in a shard that is still the same: from its record, or from an index."""
+        now = self._fingerprints[number]
+        return read_record(folder, self.shards[number], now) or self._indexed(number, now)
+
+    def _indexed(self, number: int, now: Fingerprint) -> ShardScan | None:
+        if self._earlier is None:
+            self._earlier = {}
+            for index in saved_indices(self._beside) if self._beside else ():
+                # Sparse ones lack offsets, and to which shard ignored members belong is written nowhere.
+                if index.stride == 1 and not index.ignored:
+                    facts = zip(index.shards, index.sizes.tolist(), index.stamps.tolist(), strict=True)
+                    for at, (shard, size, stamp) in enumerate(facts):
+                        self._earlier[shard, (size, stamp)] = index, at
+        found = self._earlier.get((self.shards[number], now))
+        if found is None:
+            return None
+        index, at = found
+        starts = np.array(index.offsets[index.first_entry[at] : index.first_entry[at + 1]])
+        return ShardScan(*now, digest=index.digests[at], starts=starts, ignored=0)
+
+    def discard_records(self, index: Index) -> None:
+        """Removes the records of the set when its index lies beside the shards."""
+        if self._beside is None or index.file is None or Path(index.file).parent != self._beside:
+            return
+        folder = self._beside / RECORDS
+        # A folder that may no longer be written to keeps them: they do no harm.
+        with contextlib.suppress(OSError):
+            for shard in self.shards if folder.is_dir() else ():
+                _record_path(folder, shard).unlink(missing_ok=True)
+            folder.rmdir()
 
     def forecast(self, numbers: Sequence[int]) -> Forecast:
         """Returns what walking these shards will read."""
@@ -151,7 +195,7 @@ class Indexing:
             for done, number in enumerate(numbers, 1):
                 found = None
                 if number not in left and folder is not None:
-                    found = read_record(folder, self.shards[number], self._fingerprints[number])
+                    found = self._known(folder, number)
                 yield (found or scan(self.shards[number])) if number not in left else next(walked)
                 if on_shard is not None:
                     on_shard(done, len(numbers))
@@ -167,13 +211,15 @@ class Indexing:
         """Returns the index of the whole set, saved if a folder takes it."""
         everything = range(len(self.shards))
         self.fingerprints(everything)
-        index = _assemble(self.shards, self.walk(everything, workers, on_shard))
+        index = assemble(self.shards, self.walk(everything, workers, on_shard))
         if not index.num_samples:
             raise DataError(
                 f"no sample in {len(self.shards)} shard(s), first {self.shards[0]}",
                 "give shards that hold samples",
             )
-        return self.adopt(index)
+        index = self.adopt(index)
+        self.discard_records(index)
+        return index
 
     def adopt(self, index: Index) -> Index:
         """Returns the index mapped from the file it is saved to, or as it is when no folder takes it."""
@@ -259,7 +305,8 @@ def _thin(scan: ShardScan) -> ShardScan:
     return scan._replace(starts=kept)
 
 
-def _assemble(shards: list[str], found: Iterator[ShardScan]) -> Index:
+def assemble(shards: Sequence[str], found: Iterable[ShardScan]) -> Index:
+    """Returns the index of these shards, in memory, from their scans in the same order."""
     scans: list[ShardScan] = []
     total = 0
     sparse = False

@@ -7,18 +7,13 @@ process puts the ranges together in lane order. Only the ranges depend on the nu
 from __future__ import annotations
 
 import atexit
-import multiprocessing.connection
-import os
-import signal
-import threading
-import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipkit import dist
 from clipkit.data.http_ranges import NoRanges
@@ -35,13 +30,14 @@ from clipkit.data.targets import stored_widths
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
 from clipkit.data.window import WindowReader, first_samples
-from clipkit.types import Batch, ClipkitError, ConfigError
+from clipkit.data.workers import RowReader, built_parts
+from clipkit.types import Batch, ConfigError
 
 __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStream", "open_train"]
 
 _STATE_KEYS = (
     "order_version", "exact", "seed", "batch_size", "lanes", "chunk_size", "window_chunks", "num_samples",
-    "index_sha",
+    "index_sha", "first_lanes", "first_window", "shards_sha",
 )  # fmt: skip
 
 
@@ -49,72 +45,15 @@ class PositionChangedError(ConfigError):
     """A saved position that these shards and settings cannot continue exactly."""
 
 
-class RowReader(Protocol):
-    """Builds rows of global batches; picklable, one copy per worker."""
-
-    def sub_batch(self, step: int, first: int, end: int) -> SubBatch:
-        """Returns rows first..end of global batch `step`."""
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way from a worker: raised there, torch would turn it into a RuntimeError."""
-
-    error: ClipkitError
-
-
-class _Steps(IterableDataset[Any]):
-    """The sub-batches of one worker for steps start..stop."""
-
-    def __init__(self, reader: RowReader, ranges: list[tuple[int, int]], start: int, stop: int) -> None:
-        self.reader, self.ranges, self.start, self.stop = reader, ranges, start, stop
-
-    def __iter__(self) -> Iterator[SubBatch | _Failure]:
-        info = get_worker_info()
-        first, end = self.ranges[info.id if info else 0]
-        try:
-            for step in range(self.start, self.stop):
-                yield self.reader.sub_batch(step, first, end)
-        except ClipkitError as error:
-            yield _Failure(error)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _prepare_worker(_: int) -> None:
-    """Workers outlive the first Ctrl-C or SIGTERM, so that the main process can finish its step and save.
-
-    They leave when told to, at a second SIGTERM, or when the main process is gone, however it went.
-    """
-    seen: list[int] = []
-
-    def on_terminate(number: int, _: Any) -> None:
-        if seen:
-            os._exit(0)
-        seen.append(number)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_terminate)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """Torch's own watch compares process ids every 5 s and, under forkserver, watches the wrong process."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
 class TrainStream:
     """This rank's rows of the global batches of a run.
 
-    num_samples      samples in the set
+    num_samples      samples in the set; None while that is not known
     steps_per_epoch  N // B, the same on every rank
     exact            whether order and position are exact (see `state`)
     changed          why the saved position was not continued, None where it was
+    on_indexing      called with a line when the first epoch of `data.index: lazy` is over and what is left of
+                     the set is about to be indexed, which may take long
     """
 
     changed: str | None = None
@@ -136,8 +75,11 @@ class TrainStream:
         self._banner = banner
         self._running: Any = None
         self._shift = 0
-        self.num_samples = int(position["num_samples"])
-        self.steps_per_epoch = self.num_samples // options.batch_size
+        self.on_indexing: Callable[[str], None] = _say_nothing
+        self.num_samples: int | None = position["num_samples"]
+        self.steps_per_epoch: int | None = None
+        if self.num_samples is not None:
+            self.steps_per_epoch = self.num_samples // options.batch_size
         self.exact = bool(position["exact"])
         # Workers ignore the first SIGTERM, which multiprocessing sends at exit before it waits for them.
         atexit.register(_close, weakref.ref(self))
@@ -158,77 +100,47 @@ class TrainStream:
 
         config_seed: what the configuration says, where the order has a seed of its own since.
         """
-        self._shift = epoch * self.steps_per_epoch + batch_in_epoch - step
+        self._shift = self._batch_number(epoch, batch_in_epoch) - step
         self._position["config_seed"] = config_seed
 
-    def ends_epoch(self, step: int) -> bool:
-        """Returns whether the steps before `step` end with the last batch of an epoch."""
-        return (step + self._shift) % self.steps_per_epoch == 0
+    def _batch_number(self, epoch: int, batch_in_epoch: int) -> int:
+        """The number of a batch of the order, counted over all epochs."""
+        assert self.steps_per_epoch is not None
+        return epoch * self.steps_per_epoch + batch_in_epoch
 
     def _batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        ranges = self._ranges.of_workers()
-        if not self._options.workers:
-            steps: Any = iter(_Steps(self._reader, ranges, start_step, stop_step))
-        else:
-            steps = self._workers(_Steps(self._reader, ranges, start_step, stop_step))
-        try:
-            for _ in range(start_step, stop_step):
-                parts = [self._next(steps) for _ in ranges]
-                batch = merge(parts, self._recipe)
-                yield batch.pin_memory() if torch.cuda.is_available() else batch
-        finally:
-            # torch ends its workers in __del__, which fails when the iterator hangs in a traceback: the
-            # garbage collector finalises the queues first, and the workers never hear of the end.
-            end_workers = getattr(steps, "_shutdown_workers", None)
-            if end_workers is not None:
-                end_workers()
+        with closing(built_parts(self._reader, self._ranges, self._options, start_step, stop_step)) as steps:
+            for parts in steps:
+                yield self._merged(parts)
 
-    def _workers(self, steps: _Steps) -> Iterator[SubBatch | _Failure]:
-        context = multiprocessing.get_context(self._options.start_method)
-        if context.get_start_method() == "forkserver":
-            # Imported once in the server instead of once per worker; no effect on a server that runs already.
-            context.set_forkserver_preload(["__main__", "clipkit.data.window"])
-        with warnings.catch_warnings():
-            # torch counts processors and warns; the number of workers was chosen by the user.
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            loader: DataLoader[Any] = DataLoader(
-                steps,
-                batch_size=None,
-                num_workers=len(steps.ranges),
-                collate_fn=_unchanged,
-                worker_init_fn=_prepare_worker,
-                prefetch_factor=self._options.prefetch,
-                timeout=self._options.timeout,
-                multiprocessing_context=context,
-                # Without a generator of its own, iter() draws from the default one: the model's.
-                generator=torch.Generator(),
-            )
-            return iter(loader)
-
-    def _next(self, steps: Iterator[SubBatch | _Failure]) -> SubBatch:
-        try:
-            part = next(steps)
-        except RuntimeError as error:
-            # torch's own message about a lost worker; errors raised inside one begin with "Caught".
-            if str(error).startswith("DataLoader worker"):
-                raise ClipkitError(
-                    str(error).splitlines()[0],
-                    "a worker was lost, most often for memory: lower data.workers or data.window_bytes",
-                ) from None
-            if str(error).startswith("DataLoader timed out"):
-                raise ClipkitError(
-                    f"the loader's workers have built nothing for {self._options.timeout:.0f} s",
-                    "look for a disk or a server that hangs, or raise run.timeout; the same command goes on",
-                ) from None
-            raise
-        if isinstance(part, _Failure):
-            raise part.error
-        return part
+    def _merged(self, parts: Sequence[SubBatch | None]) -> Batch:
+        batch = merge([part for part in parts if part is not None], self._recipe)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def state(self, step: int) -> dict[str, Any]:
-        """Returns the JSON-able position before global batch `step`, and what defines the order."""
+        """Returns the JSON-able position before global batch `step`, and what defines the order.
+
+        Called by all ranks.
+        """
+        assert self.steps_per_epoch is not None
         epoch, within = divmod(step + self._shift, self.steps_per_epoch)
         return {**self._position, "step": step, "epoch": epoch, "batch_in_epoch": within}
+
+    def ends_epoch(self, step: int) -> bool:
+        """Returns whether the batch before step `step` of the run is known to have ended an epoch."""
+        assert self.steps_per_epoch is not None
+        return (step + self._shift) % self.steps_per_epoch == 0
+
+    @property
+    def pairs(self) -> int:
+        """The size of the set that defaults go by, the same throughout a run."""
+        assert self.num_samples is not None
+        return self.num_samples
+
+    def summary(self) -> str:
+        """Returns a line about size and order."""
+        exact = "exact order" if self.exact else "exact: false (this source cannot be indexed)"
+        return f"{self.num_samples:,} samples, {self.steps_per_epoch:,} steps per epoch, {exact}"
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raises PositionChangedError naming the keys in which a saved position differs."""
@@ -272,6 +184,10 @@ class TrainStream:
             running.close()
 
 
+def _say_nothing(_: str) -> None:
+    return None
+
+
 def _close(stream: weakref.ref[TrainStream]) -> None:
     alive = stream()
     if alive is not None:
@@ -311,7 +227,17 @@ def open_train(
         tuple(labels),
         tuple(stored),
     )
-    if any(needs_stream(shard) for shard in shards):
+    lazy = options.index == "lazy"
+    if saved is not None and (saved.get("index") == "lazy") != lazy:
+        raise PositionChangedError(
+            f"this run was begun with data.index: {'eager' if lazy else 'lazy'}",
+            "set data.index to that, or start a new run directory",
+        )
+    if lazy:
+        from clipkit.data.lazy import open_lazy
+
+        stream = open_lazy(options, shards, recipe, world, saved)
+    elif any(needs_stream(shard) for shard in shards):
         stream = _open_stream(options, shards, recipe, world)
     else:
         try:
@@ -336,7 +262,8 @@ def _open_indexed(
 ) -> TrainStream:
     index = shared_index(shards, options, world)
     source = ShardBytes(index, options.storage)
-    order = _order(index, options, world, saved)
+    sizes = order_sizes(index, index.num_samples, index.stride, options, world, saved)
+    order = Order(index.counts, options.batch_size, *sizes, options.seed)
     widths = stored_widths(first_samples(index, source), recipe.stored, options.max_consecutive)
     recipe = replace(recipe.for_pairs(index.num_samples), widths=widths)
     lanes = {"lanes": order.lanes, "chunk_size": order.chunk_size, "window_chunks": order.window_chunks}
@@ -367,7 +294,18 @@ def _open_indexed(
     )
 
 
-def _order(index: Index, options: LoaderOptions, world: dist.World, saved: dict[str, Any] | None) -> Order:
+def order_sizes(
+    index: Index,
+    num_samples: int,
+    stride: int,
+    options: LoaderOptions,
+    world: dist.World,
+    saved: dict[str, Any] | None,
+) -> tuple[int, int, int]:
+    """Returns lanes, chunk size and chunks of a window: those of the run if it is continued.
+
+    index: where the size of a sample comes from; num_samples and stride: of the whole set.
+    """
     window_samples = options.window_bytes / max(1.0, index.sample_bytes)
     if options.batch_size % world.size:
         default_lanes(options.batch_size, world.size)
@@ -387,6 +325,6 @@ def _order(index: Index, options: LoaderOptions, world: dist.World, saved: dict[
     else:
         lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples)
         chunk, window = default_chunks(
-            index.num_samples, lanes, max(1, lanes // world.size), window_samples, index.stride
+            num_samples, lanes, max(1, lanes // world.size), window_samples, stride
         )
-    return Order(index.counts, options.batch_size, lanes, chunk, window, options.seed)
+    return lanes, chunk, window

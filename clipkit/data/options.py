@@ -51,6 +51,7 @@ class LoaderOptions:
     prefetch             sub-batches built ahead per worker
     on_no_range          "refuse" a server without byte ranges, or "stream" it without an exact order
     index_dir            where the index is kept; None: beside the shards, or in the user's cache folder
+    index                "eager": before the first step; "lazy": while the first epoch is read
     """
 
     source: Source
@@ -69,4 +70,5 @@ class LoaderOptions:
     prefetch: int = 2
     on_no_range: str = "refuse"
     index_dir: str | None = None
+    index: str = "eager"
     storage: Storage = DEFAULT_STORAGE

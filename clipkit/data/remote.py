@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -135,19 +135,47 @@ class RemoteShards:
             opened.__exit__(None, None, None)
 
 
+class ShardFiles:
+    """Reads byte ranges of shards, wherever they lie. Picklable."""
+
+    def __init__(self, shards: Sequence[str], storage: Storage = DEFAULT_STORAGE) -> None:
+        self.shards = tuple(shards)
+        self._local = LocalShards(shards)
+        self._remote = RemoteShards(storage)
+
+    @property
+    def retried(self) -> int:
+        """Failed reads that were followed by another attempt, in this process."""
+        return self._local.retried + self._remote.retried
+
+    def facts(self, shard: int) -> Facts:
+        """Returns size and stamp of a remote shard. Raises DataError, NoRanges or ConfigError."""
+        return self._remote.facts(self.shards[shard])
+
+    def read(self, shard: int, begin: int, end: int, facts: Facts) -> bytes:
+        """Returns bytes begin..end of a shard; a remote one must still have these facts.
+
+        Raises Unreadable, DataError or ConfigError.
+        """
+        url = self.shards[shard]
+        if not is_remote(url):
+            return self._local.read(shard, begin, end)
+        return self._remote.read(url, begin, end, facts)
+
+
 class ShardBytes:
     """Reads byte ranges of the shards of an index, wherever they lie. Picklable."""
 
     def __init__(self, index: Index, storage: Storage = DEFAULT_STORAGE) -> None:
         self._index = index
-        self._local = LocalShards(index.shards)
-        self._remote = RemoteShards(storage)
+        self._files = ShardFiles(index.shards, storage)
+
+    @property
+    def retried(self) -> int:
+        """Failed reads that were followed by another attempt, in this process."""
+        return self._files.retried
 
     def read(self, shard: int, begin: int, end: int) -> bytes:
         """Returns bytes begin..end of a shard. Raises Unreadable, DataError or ConfigError."""
-        url = self._index.shards[shard]
-        if not is_remote(url):
-            return self._local.read(shard, begin, end)
-        return self._remote.read(
-            url, begin, end, (int(self._index.sizes[shard]), int(self._index.stamps[shard]))
-        )
+        facts = int(self._index.sizes[shard]), int(self._index.stamps[shard])
+        return self._files.read(shard, begin, end, facts)

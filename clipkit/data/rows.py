@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -44,9 +44,21 @@ class Row(NamedTuple):
     rejects: tuple[Reject, ...] = ()
 
 
+class Passed(NamedTuple):
+    """How far a shard was read: samples, the hash of their headers, and whether these are all of them."""
+
+    samples: int
+    digest: str
+    whole: bool
+
+
 @dataclass(frozen=True)
 class SubBatch:
-    """What one worker built of one step: rows in slot order, texts not trimmed yet, each text once."""
+    """What one worker built of one step: rows in slot order, texts not trimmed yet, each text once.
+
+    retries  failed reads that were followed by another attempt
+    passed   number of a shard -> how far it was read, of those read for this step without an index
+    """
 
     images: dict[str, Tensor]
     texts: dict[str, Tensor]
@@ -57,6 +69,8 @@ class SubBatch:
     labels: dict[str, Tensor]
     stored: dict[str, Tensor]
     present: dict[str, Tensor]
+    retries: int = 0
+    passed: dict[int, Passed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -249,6 +263,7 @@ def merge(parts: Sequence[SubBatch], recipe: Recipe) -> Batch:
         labels=_joined_all([part.labels for part in parts]),
         present=_joined_all([part.present for part in parts]),
         rejects=tuple(reject for part in parts for reject in part.rejects),
+        retries=sum(part.retries for part in parts),
     )
 
 

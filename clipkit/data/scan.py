@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ def scan_shard(path: str, storage: Storage = DEFAULT_STORAGE) -> ShardScan:
         source = RemoteShards(storage)
         try:
             facts = source.facts(path)
-            blocks = _Blocks(lambda begin, end: source.read(path, begin, end, facts), facts[0])
+            blocks = Blocks(lambda begin, end: source.read(path, begin, end, facts), facts[0])
             return _scan(path, blocks.read, *facts)
         finally:
             source.close()
@@ -58,33 +58,85 @@ def scan_shard(path: str, storage: Storage = DEFAULT_STORAGE) -> ShardScan:
 
 
 def _scan(path: str, read: Read, size: int, stamp: int) -> ShardScan:
-    if size == 0:
-        raise DataError(f"{path}: empty file (0 bytes)", "write or download the shard again")
-    digest = hashlib.blake2b(digest_size=8)
-    grouper = _Grouper(path)
-    for member in walk(read, 0, size, path, whole=True, on_header=digest.update):
-        grouper.add(member)
-    grouper.close()
-    starts = np.array([*grouper.starts, grouper.end], dtype=np.int64)
-    return ShardScan(size, stamp, digest.hexdigest(), starts, grouper.ignored)
+    walked = ShardWalk(path, read, size, stamp)
+    for _ in walked.samples():
+        pass
+    return walked.result()
 
 
-class _Blocks:
-    """Small reads in rising order, served from one large read at a time."""
+class SampleSpan(NamedTuple):
+    """Where one sample lies: bytes start..end of its shard, and its members by extension."""
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+    key: str
+    start: int
+    end: int
+    members: dict[str, Member]
+
+
+class ShardWalk:
+    """The strict walk over one shard, sample by sample; damage raises DataError when it is reached."""
+
+    def __init__(self, path: str, read: Read, size: int, stamp: int) -> None:
+        if size == 0:
+            raise DataError(f"{path}: empty file (0 bytes)", "write or download the shard again")
+        self._path, self._read, self._size, self._stamp = path, read, size, stamp
+        self._digest = hashlib.blake2b(digest_size=8)
+        self._grouper = _Grouper(path)
+
+    @property
+    def digest(self) -> str:
+        """The hash of all headers that were passed."""
+        return self._digest.hexdigest()
+
+    def samples(self) -> Iterator[SampleSpan]:
+        """Yields the samples in order, each when the header after it was read."""
+        for member in walk(self._read, 0, self._size, self._path, whole=True, on_header=self._digest.update):
+            done = self._grouper.add(member)
+            if done is not None:
+                yield done
+        done = self._grouper.close()
+        if done is not None:
+            yield done
+
+    def result(self) -> ShardScan:
+        """Returns the scan, once all samples were passed."""
+        grouper = self._grouper
+        starts = np.array([*grouper.starts, grouper.end], dtype=np.int64)
+        return ShardScan(self._size, self._stamp, self.digest, starts, grouper.ignored)
+
+
+class Blocks:
+    """Small reads in rising order, served from large ones.
+
+    keep    what is read stays, from `release` on, without holes; otherwise what nobody asks for is not read
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int, block: int = REMOTE_BLOCK) -> None:
+        self.keep = False
         self._read = read
         self._size = size
-        self._begin = 0
-        self._block = b""
+        self._block = block
+        self._begin = self._needed = 0
+        self._held = b""
 
     def read(self, offset: int, size: int) -> bytes:
         """Returns up to `size` bytes at `offset`, fewer at the end of the file."""
-        end = min(offset + size, self._size)
-        if not self._begin <= offset <= end <= self._begin + len(self._block):
-            self._begin = offset
-            self._block = self._read(offset, max(end, min(offset + REMOTE_BLOCK, self._size)))
-        return self._block[offset - self._begin : end - self._begin]
+        stop = min(offset + size, self._size)
+        end = self._begin + len(self._held)
+        if not self._begin <= offset <= stop <= end:
+            if self.keep and self._held and self._begin <= offset:
+                dropped = max(0, min(self._needed, end) - self._begin)
+                more = self._read(end, max(stop, min(end + self._block, self._size)))
+                self._held = self._held[dropped:] + more
+                self._begin += dropped
+            else:
+                self._begin = offset
+                self._held = self._read(offset, max(stop, min(offset + self._block, self._size)))
+        return self._held[offset - self._begin : stop - self._begin]
+
+    def release(self, before: int) -> None:
+        """Allows the bytes before `before` to be dropped."""
+        self._needed = before
 
 
 class _Grouper:
@@ -97,13 +149,15 @@ class _Grouper:
         self.ignored = 0
         self._keys: dict[str, str] = {}
         self._key: str | None = None
-        self._members: dict[str, str] = {}
+        self._members: dict[str, Member] = {}
 
-    def add(self, member: Member) -> None:
+    def add(self, member: Member) -> SampleSpan | None:
+        """Takes the next member; returns the sample before it, if that ended."""
         parts = split_name(member.name)
         if parts is None:
             self.ignored += 1
-            return
+            return None
+        done = None
         key, extension = parts
         if key != self._key:
             if key in self._keys:
@@ -112,30 +166,39 @@ class _Grouper:
                     f"share the key {key!r} but do not stand together: used twice, or interleaved",
                     "write the shard again with one run of members per unique key",
                 )
-            self.close()
+            done = self.close()
             self._key, self._members = key, {}
             self._keys[key] = member.name
             self.starts.append(member.start)
         if extension in self._members:
             raise DataError(
                 f"{self.shard}: member {member.name!r} (byte {member.start}) repeats "
-                f"{self._members[extension]!r}",
+                f"{self._members[extension].name!r}",
                 "write the shard again with one member per key and extension",
             )
-        self._members[extension] = member.name
+        self._members[extension] = member
         self.end = member.data + -(-member.size // BLOCK) * BLOCK
+        return done
 
-    def close(self) -> None:
-        """Looks for samples that fell into one because their names hold dots: the key ends at the first."""
-        if self._members.keys() & set(IMAGE_EXTENSIONS):
-            return
+    def close(self) -> SampleSpan | None:
+        """Returns the sample that ended, if there is one.
+
+        Refuses samples that fell into one because their names hold dots: the key ends at the first.
+        """
+        if self._key is None:
+            return None
+        if not self._members.keys() & set(IMAGE_EXTENSIONS):
+            self._refuse_dots()
+        return SampleSpan(self._key, self.starts[-1], self.end, self._members)
+
+    def _refuse_dots(self) -> None:
         seen: dict[str, str] = {}
-        for extension, name in self._members.items():
+        for extension, member in self._members.items():
             kind = extension.rpartition(".")[2]
             if kind in IMAGE_EXTENSIONS and kind in seen:
                 raise DataError(
-                    f"{self.shard}: members {seen[kind]!r} and {name!r} fall into one sample {self._key!r}, "
-                    "because a key ends at the first dot of the name",
+                    f"{self.shard}: members {seen[kind]!r} and {member.name!r} fall into one sample "
+                    f"{self._key!r}, because a key ends at the first dot of the name",
                     "write the shard again with keys without dots",
                 )
-            seen[kind] = name
+            seen[kind] = member.name

@@ -33,24 +33,27 @@ def shared_index(shards: list[str], options: LoaderOptions, world: dist.World) -
         folder = work.records() if world.is_main and index is None and world.size > 1 else None
         return index, None if folder is None else str(folder)
 
-    index, folder = _together(look)
+    index, folder = together(look)
     missing = not _first(dist.gather_objects(index is not None))
     folder = _first(dist.gather_objects(folder))
     if missing and folder is not None:
         # Ranks on a machine that does not see the folder of the main rank would walk in vain.
         seen = Path(folder).parent in work.folders and os.path.isdir(folder)
         mine = range(world.rank, len(shards), world.size) if seen else range(0)
-        _together(lambda: sum(1 for _ in work.walk(mine, processes)) if mine else 0)
+        together(lambda: sum(1 for _ in work.walk(mine, processes)) if mine else 0)
     if missing:
-        index = _together(lambda: work.finish(processes) if world.is_main else None)
+        index = together(lambda: work.finish(processes) if world.is_main else None)
     if not world.is_main:
         index = None
-    loaded = _together(lambda: index or _load(work, common, processes, world))
+    loaded = together(lambda: index or _load(work, common, processes, world))
     if common:
         loaded = _sent(work, loaded, world)
     assert loaded is not None
     if len(set(dist.gather_objects(loaded.sha))) > 1:
         raise DataError("the processes see different shards", "give every machine the same files")
+    if world.is_main:
+        # Those of a first epoch without an index, and of a walk that was killed at its very end.
+        work.discard_records(loaded)
     return loaded
 
 
@@ -77,8 +80,11 @@ def _first(values: list[Any]) -> Any:
     return values[0]
 
 
-def _together(work: Callable[[], Any]) -> Any:
-    """Returns `work()` of this rank when all are done; raises the first error of any rank on all of them."""
+def together(work: Callable[[], Any]) -> Any:
+    """Returns `work()` of this rank when all are done; raises the first error of any rank on all of them.
+
+    Called by all ranks; `work` must not use collectives itself.
+    """
     result: Any = None
     error: ClipkitError | None = None
 

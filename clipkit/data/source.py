@@ -183,14 +183,18 @@ def _choices(body: str, spec: str) -> Iterator[str]:
 
 
 class LocalShards:
-    """Reads byte ranges of local shards; holds up to 128 files open. Picklable: files open on first use."""
+    """Reads byte ranges of local shards; holds up to 128 files open. Picklable: files open on first use.
+
+    retried   failed reads that were followed by another attempt, in this process
+    """
 
     def __init__(self, shards: Sequence[str]) -> None:
         self.shards = tuple(shards)
+        self.retried = 0
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "_files": OrderedDict()}
+        return {"shards": self.shards, "retried": 0, "_files": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -214,6 +218,7 @@ class LocalShards:
                         f"{self.shards[shard]}: cannot be read at byte {begin} ({error.strerror or error})",
                         "check the storage, then start the same command again: it continues where it stopped",
                     ) from None
+                self.retried += 1
                 time.sleep(delay)
         if len(data) != end - begin:
             raise changed(self.shards[shard], f"{len(data)} of {end - begin} bytes at byte {begin}")

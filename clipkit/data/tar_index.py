@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from clipkit.redaction import redact
 from clipkit.types import DataError
 
 FORMAT_VERSION = 2
+_CACHE_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError)
 SPARSE_STRIDE = 16
 
 
@@ -157,12 +158,30 @@ def load_index(
         held = zip(header["sizes"], header["stamps"], fingerprints, strict=True)
         if any(found is not None and (size, stamp) != found for size, stamp, found in held):
             return None
-        path = str(folder / Path(header["offsets"]).name)
-        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
-        if _file_sha(path, offsets.nbytes) != header["offsets_sha"]:
-            return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return _index_of(folder, header, shards)
+    except _CACHE_ERRORS:
         # A missing or damaged cache is rebuilt from the shards.
+        return None
+
+
+def saved_indices(folder: Path) -> Iterator[Index]:
+    """Yields the whole indices in a folder, of any list of shards, as they were when they were saved."""
+    for file in sorted(folder.glob(".clipkit-index-*.json")):
+        try:
+            header = json.loads(file.read_bytes())
+            if header["format_version"] != FORMAT_VERSION:
+                continue
+            found = _index_of(folder, header, header["shards"])
+        except _CACHE_ERRORS:
+            continue
+        if found is not None:
+            yield found
+
+
+def _index_of(folder: Path, header: dict[str, Any], shards: Sequence[str]) -> Index | None:
+    path = str(folder / Path(header["offsets"]).name)
+    offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+    if _file_sha(path, offsets.nbytes) != header["offsets_sha"]:
         return None
     return Index(
         shards=tuple(shards),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,68 +25,54 @@ Found = RawSample | Unusable
 """A sample, or why its bytes are not there."""
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
+    """The samples of one window of a lane, `ids` in the order of the epoch."""
+
+    lane: int
     start: int
     ids: list[int]
     samples: dict[int, Found]
 
 
-class WindowReader:
-    """Builds rows of global batches from indexed shards. Picklable; holds one window per lane it reads.
+class WindowRows(ABC):
+    """A good sample for every slot: its own, or the next good one of its window (cyclic), or what follows."""
 
-    A sample that cannot be used is replaced by the next good one of its window (cyclic), and if the window
-    has none, by the samples that follow it in the shards. All other positions stay as they are. So are the
-    samples of a chunk that cannot be read, up to `max_lost_chunks` of them in this process.
-    """
-
-    def __init__(
-        self, index: Index, order: Order, recipe: Recipe, options: LoaderOptions, source: ShardBytes
-    ) -> None:
-        self.index = index
-        self.order = order
+    def __init__(self, recipe: Recipe, options: LoaderOptions) -> None:
         self.recipe = recipe
         self.max_consecutive = options.max_consecutive
-        self.max_lost_chunks = options.max_lost_chunks
-        self._source = source
-        self._lost: set[tuple[int, int]] = set()
-        self._epoch: EpochOrder | None = None
-        self._windows: dict[int, _Loaded] = {}
         self._asked: Row | None = None
 
-    def sub_batch(self, step: int, first: int, end: int) -> SubBatch:
-        """Returns rows first..end of global batch `step` (counted over all epochs)."""
-        epoch, within = divmod(step, self.order.steps_per_epoch)
-        slots = range(within * self.order.batch_size + first, within * self.order.batch_size + end)
+    @abstractmethod
+    def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
+        """Yields the samples outside the window that may stand in for entry `at` of one without good ones."""
+
+    @abstractmethod
+    def _place(self, sample_id: int) -> tuple[str, int]:
+        """Returns the shard of a sample and its position there."""
+
+    def _build(self, epoch: int, slots: range, rows: Iterator[Row]) -> SubBatch:
+        """Returns the sub-batch of these rows; what fails in it without being foreseen names the sample."""
+        self._asked = None
         try:
-            return self.recipe.build(epoch, slots, self._rows(epoch, within, first, end))
+            return self.recipe.build(epoch, slots, self._noted(rows))
         except ClipkitError:
             raise
         except Exception as error:
             # Rows are built one by one: the last one asked for is the one that failed.
             row = self._asked
-            at = "its first sample" if row is None else f"sample {row.key} in {self._shard(row.sample_id)}"
+            at = "its first sample" if row is None else f"sample {row.key} in {self._place(row.sample_id)[0]}"
             raise ClipkitError(
-                f"batch {step} cannot be built, at {at} ({type(error).__name__}: {error})",
+                f"slots {slots.start} to {slots.stop - 1} of epoch {epoch} cannot be built, at {at} "
+                f"({type(error).__name__}: {error})",
                 "an augmentation or a tokenizer failed: that is a defect, no bad sample would end a run",
             ) from error
 
-    def _rows(self, epoch: int, within: int, first: int, end: int) -> Iterator[Row]:
-        quota = self.order.quota
-        if self._epoch is None or self._epoch.number != epoch:
-            self._windows.clear()
-            self._epoch = self.order.epoch(epoch, (first // quota, (end - 1) // quota + 1))
-        for row in range(first, end):
-            lane, offset = divmod(row, quota)
-            position = within * quota + offset
-            window = self._windows.get(lane)
-            if window is None or not window.start <= position < window.start + len(window.ids):
-                self._windows.pop(lane, None)
-                window = self._windows[lane] = self._load(lane, position)
-            built = self._row(window, position - window.start, within * self.order.batch_size + row)
-            self._asked = built
-            yield built
+    def _noted(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            self._asked = row
+            yield row
 
-    def _row(self, window: _Loaded, at: int, slot: int) -> Row:
+    def _row(self, window: Loaded, at: int, slot: int) -> Row:
         refused: list[tuple[str, int, Unusable]] = []
         for sample_id, sample in self._candidates(window, at):
             try:
@@ -101,34 +89,81 @@ class WindowReader:
             return Row(slot, sample_id, sample.key, content, rejects)
         key, sample_id, why = refused[0]
         raise DataError(
-            f"{len(refused)} unusable samples in a row, the first: {key} in {self._shard(sample_id)} "
+            f"{len(refused)} unusable samples in a row, the first: {key} in {self._place(sample_id)[0]} "
             f"({why.reason}: {why.detail})",
             "repair the shards, or raise data.max_consecutive",
         )
 
-    def _candidates(self, window: _Loaded, at: int) -> Iterator[tuple[int, Found]]:
+    def _candidates(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
         ids = window.ids
         for step in range(len(ids)):
             sample_id = ids[(at + step) % len(ids)]
             yield sample_id, window.samples[sample_id]
-        for step in range(1, self.index.num_samples):
-            sample_id = (ids[at] + step) % self.index.num_samples
-            if sample_id not in window.samples:
-                yield sample_id, self._read(*self.index.locate(sample_id), 1)[sample_id]
+        yield from self._following(window, at)
 
     def _reject(self, rejected: tuple[str, int, Unusable], slot: int, substitute: str) -> Reject:
         key, sample_id, problem = rejected
-        return reject(key, self._shard(sample_id), problem, slot, substitute)
+        return reject(key, self._place(sample_id)[0], problem, slot, substitute)
 
     def _key(self, sample_id: int, sample: Found) -> str:
         if isinstance(sample, RawSample):
             return sample.key
-        return f"sample {self.index.locate(sample_id)[1]}"
+        return f"sample {self._place(sample_id)[1]}"
 
-    def _shard(self, sample_id: int) -> str:
-        return self.index.shards[self.index.locate(sample_id)[0]]
 
-    def _load(self, lane: int, position: int) -> _Loaded:
+class WindowReader(WindowRows):
+    """Builds rows of global batches from indexed shards. Picklable; holds one window per lane it reads.
+
+    In the place of a sample that cannot be used, in a window without good ones, stands the next good one in
+    the shards. All other positions stay as they are. So are the samples of a chunk that cannot be read, up to
+    `max_lost_chunks` of them in this process.
+    """
+
+    def __init__(
+        self, index: Index, order: Order, recipe: Recipe, options: LoaderOptions, source: ShardBytes
+    ) -> None:
+        super().__init__(recipe, options)
+        self.index = index
+        self.order = order
+        self.max_lost_chunks = options.max_lost_chunks
+        self._source = source
+        self._lost: set[tuple[int, int]] = set()
+        self._epoch: EpochOrder | None = None
+        self._windows: dict[int, Loaded] = {}
+
+    def sub_batch(self, step: int, first: int, end: int) -> SubBatch:
+        """Returns rows first..end of global batch `step` (counted over all epochs)."""
+        epoch, within = divmod(step, self.order.steps_per_epoch)
+        slots = range(within * self.order.batch_size + first, within * self.order.batch_size + end)
+        before = self._source.retried
+        built = self._build(epoch, slots, self._rows(epoch, within, first, end))
+        return replace(built, retries=self._source.retried - before)
+
+    def _rows(self, epoch: int, within: int, first: int, end: int) -> Iterator[Row]:
+        quota = self.order.quota
+        if self._epoch is None or self._epoch.number != epoch:
+            self._windows.clear()
+            self._epoch = self.order.epoch(epoch, (first // quota, (end - 1) // quota + 1))
+        for row in range(first, end):
+            lane, offset = divmod(row, quota)
+            position = within * quota + offset
+            window = self._windows.get(lane)
+            if window is None or not window.start <= position < window.start + len(window.ids):
+                self._windows.pop(lane, None)
+                window = self._windows[lane] = self._load(lane, position)
+            yield self._row(window, position - window.start, within * self.order.batch_size + row)
+
+    def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
+        for step in range(1, self.index.num_samples):
+            sample_id = (window.ids[at] + step) % self.index.num_samples
+            if sample_id not in window.samples:
+                yield sample_id, self._read(*self.index.locate(sample_id), 1)[sample_id]
+
+    def _place(self, sample_id: int) -> tuple[str, int]:
+        shard, position = self.index.locate(sample_id)
+        return self.index.shards[shard], position
+
+    def _load(self, lane: int, position: int) -> Loaded:
         assert self._epoch is not None
         window = self._epoch.window_at(lane, position)
         ids = np.sort(window.ids)
@@ -141,7 +176,7 @@ class WindowReader:
             first, last = int(run[0]), int(run[-1])
             shard = int(shards[first])
             samples |= self._read(shard, int(within[first]), int(within[last] - within[first]) + 1)
-        return _Loaded(window.start, window.ids.tolist(), samples)
+        return Loaded(lane, window.start, window.ids.tolist(), samples)
 
     def _read(self, shard: int, first: int, count: int) -> Mapping[int, Found]:
         """Samples first..first+count of a shard, all of one chunk, by id."""

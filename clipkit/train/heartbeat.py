@@ -29,7 +29,7 @@ from clipkit.log import redact
 from clipkit.types import ClipkitError
 
 FOLDER = "heartbeat"
-DOINGS = ("starting", "waiting for data", "in a step", "saving a checkpoint", "evaluating")
+DOINGS = ("starting", "waiting for data", "in a step", "saving a checkpoint", "evaluating", "indexing")
 # These may take their time without a word; only a rank that gives no sign at all ends them.
 PATIENT = DOINGS[3:]
 GONE_AFTER_S = 5.0  # of waiting, until a process that is gone counts: it may just have left at the end

@@ -38,17 +38,18 @@ class Interrupted(ClipkitError):
 
 @dataclass
 class Clock:
-    """Seconds since the last log line: in all, waiting for data, and the samples they brought."""
+    """Since the last log line: seconds in all and waiting for data, samples, reads that were tried again."""
 
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     samples: int = 0
+    retries: int = 0  # of this rank
 
     def read(self) -> dict[str, float]:
         """Returns samples/s and the share of waiting for data, and starts again."""
         seconds = max(time.perf_counter() - self.began, 1e-9)
         found = {"samples_per_second": self.samples / seconds, "data_wait": self.waited / seconds}
-        self.began, self.waited, self.samples = time.perf_counter(), 0.0, 0
+        self.began, self.waited, self.samples, self.retries = time.perf_counter(), 0.0, 0, 0
         return found
 
 
@@ -90,11 +91,13 @@ class Loop:
     def _train(self, continue_rng: Callable[[], None]) -> Spike | None:
         """Returns None at the last step, or the spike that asks for a rollback before it."""
         run, began, started = self.run, time.perf_counter(), False
+        run.stream.on_indexing = self._indexing
         batches = run.stream.batches(self.state.step, run.total_steps)
         self.heartbeat.at(self.state.step, "waiting for data")
         asked = time.perf_counter()
         for batch in batches:
             self.clock.waited += time.perf_counter() - asked
+            self.clock.retries += batch.retries
             self.heartbeat.at(self.state.step, "in a step")
             if not started:
                 # Only now: building iterators and workers draws from the generators.
@@ -116,6 +119,13 @@ class Loop:
             self.heartbeat.at(self.state.step, "waiting for data")
             asked = time.perf_counter()
         return None
+
+    def _indexing(self, line: str) -> None:
+        # Shards are walked by forked processes, which a thread that is writing may not survive in the child.
+        self.saver.settle()
+        self.log.note(line)
+        self.heartbeat.at(self.state.step, "indexing")
+        self.budget.end_of_epoch()
 
     def _save_to_return(self) -> None:
         if self.run.config.run.on_spike == "rollback" and self.store.newest() is None:
@@ -170,7 +180,9 @@ class Loop:
         if state.step % run.config.run.log_every and state.step < run.total_steps:
             return
         names = [name for name in result.terms if not name.startswith("gradient/")]
-        totals = dist.agree([float(result.terms[name]) for name in names], "sum")
+        *totals, retries = dist.agree(
+            [*(float(result.terms[name]) for name in names), float(self.clock.retries)], "sum"
+        )
         record: dict[str, float | int | str] = {
             "step": state.step,
             "samples": state.samples,
@@ -187,6 +199,8 @@ class Loop:
             record["logit_bias"] = float(dist.whole(run.bare.towers.logit_bias.detach()))
         if run.accelerator.scaler is not None or state.skipped:
             record["skipped"] = state.skipped
+        if retries:
+            record["read_retries"] = int(retries)
         self.log.step(record)
         self.watch.record(state.step, record)
 

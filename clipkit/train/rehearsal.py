@@ -21,14 +21,13 @@ MEASURED_STEPS = 5
 def describe(run: Run) -> list[str]:
     """Returns the lines of the start banner: ranks, model, data, order, length, and what is special."""
     config, stream = run.config, run.stream
-    exact = "exact order" if stream.exact else "exact: false (this source cannot be indexed)"
     micro = "" if run.micro_batch is None else f", micro-batches of {run.micro_batch}"
     lines = [
         f"{run.world.size} process(es) on {run.accelerator.device.type}, {config.run.precision}, "
         f"torch {torch.__version__}" + (", sharded (fsdp2)" if isinstance(run.bare, FSDPModule) else ""),
         f"model: {run.parameters:,} trainable parameters, {run.bare.towers.image_size[0]} pixels, "
         f"{run.bare.towers.context_length} tokens",
-        f"data: {stream.num_samples:,} samples, {stream.steps_per_epoch:,} steps per epoch, {exact}",
+        f"data: {stream.summary()}",
         f"length: {run.total_steps:,} steps of {config.data.batch_size} samples{micro}, "
         f"warm-up {run.warmup_steps}, lr {max(g['peak_lr'] for g in run.optimizer.param_groups):g}",
         f"can continue exactly on {', '.join(map(str, stream.world_sizes()))} process(es)",
@@ -51,6 +50,7 @@ def rehearse(run: Run) -> dict[str, Any]:
     slowest = _typical_step(run)
     rate = run.config.data.batch_size / slowest
     moving, fixed = divide(run.bare)
+    steps = run.stream.steps_per_epoch
     moments = sum(
         tensor_bytes(x for x in state.values() if isinstance(x, torch.Tensor))
         for state in run.optimizer.state.values()
@@ -58,7 +58,7 @@ def rehearse(run: Run) -> dict[str, Any]:
     return {
         "summary": describe(run),
         "parameters": run.parameters,
-        "samples_per_epoch": run.stream.steps_per_epoch * run.config.data.batch_size,
+        "samples_per_epoch": None if steps is None else steps * run.config.data.batch_size,
         "steps": run.total_steps,
         "samples_per_s": rate,
         "seconds_left": run.total_steps * slowest,

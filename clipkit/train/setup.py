@@ -181,6 +181,7 @@ def open_stream(
         start_method=data.start_method,
         on_no_range=data.on_no_range,
         index_dir=data.index_dir,
+        index=data.index,
         storage=Storage(data.storage.endpoint, data.storage.region, data.storage.profile),
     )
 
@@ -260,7 +261,7 @@ def prepare(
     teachers = build_teachers(needs, towers)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
     stream = open_stream(config, views, needs, world, saved)
-    decay = wants_ema(config, stream.num_samples)
+    decay = wants_ema(config, stream.pairs)
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
     learner.train()

@@ -63,11 +63,14 @@ def test_an_interrupted_walk_continues(folder: Path, walked: list[str]) -> None:
     with pytest.raises(DataError, match=r"00003\.tar"):
         build_index(paths)
     assert walked == ["00000", "00001", "00002", "00003"]
+    assert len(list((folder / RECORDS).glob("*.npz"))) == 3
     (folder / "00003.tar").write_bytes(whole)
     walked.clear()
     index = build_index(paths)
     assert walked == ["00003", "00004", "00005"]
     assert index.counts.tolist() == [5, 3, 7, 2, 4, 6]
+    # Once the whole index is there its parts are not.
+    assert not (folder / RECORDS).exists()
     # A set that grew is walked where it grew, and a shard that changed alone is walked again.
     walked.clear()
     write_tar(folder / "00006.tar", [good(99)])
@@ -91,6 +94,8 @@ def test_machines_share_a_set(
     assert main(["index", str(folder), "--out", str(cache)]) == 0
     assert "27 samples in 6 shards, " in capsys.readouterr().out
     assert len(walked) == 6
+    # Who else may need the records there is not known: they stay.
+    assert len(list((cache / RECORDS).glob("*.npz"))) == 6
     # Training finds it there, and nothing was written beside the shards.
     assert "cache" in stream(folder, 4, index_dir=str(cache)).describe()["index"]
     assert same(
