@@ -68,10 +68,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
         batch, world = self.data.batch_size, self.run.world_size
-        if world is not None and batch % world:
+        if world is not None and (world > batch or (batch % world and not self.data.uneven)):
             raise refuse(
                 f"run.world_size {world} does not divide data.batch_size {batch}",
-                "data.batch_size is the global batch: make it a multiple of the number of processes",
+                "data.batch_size is the global batch: make it a multiple of the number of processes, or set "
+                "data.uneven: true for any number up to it",
             )
         if self.run.samples is not None and self.run.samples < batch:
             raise refuse(

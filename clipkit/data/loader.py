@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from clipkit import dist
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
-from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes
-from clipkit.data.ranges import RowRanges, divisors
+from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
+from clipkit.data.ranges import RowRanges
 from clipkit.data.rejects import RejectBudget
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, SubBatch, merge
@@ -153,7 +153,7 @@ class TrainStream:
         try:
             for _ in range(start_step, stop_step):
                 parts = [self._next(steps) for _ in ranges]
-                batch = merge(parts, self._recipe)
+                batch = replace(merge(parts, self._recipe), shares=self._ranges.shares)
                 yield batch.pin_memory() if torch.cuda.is_available() else batch
         finally:
             # torch ends its workers in __del__, which fails when the iterator hangs in a traceback: the
@@ -201,7 +201,8 @@ class TrainStream:
     def state(self, step: int) -> dict[str, Any]:
         """Returns the JSON-able position before global batch `step`, and what defines the order."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return {**self._position, "step": step, "epoch": epoch, "batch_in_epoch": within}
+        position = {**self._position, "step": step, "epoch": epoch, "batch_in_epoch": within}
+        return position | ({"processes": self.describe_worlds()} if self.exact else {})
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raises ConfigError naming the differing keys when a saved position cannot be continued exactly."""
@@ -214,8 +215,20 @@ class TrainStream:
             )
 
     def world_sizes(self) -> list[int]:
-        """Returns the numbers of processes that continue this run exactly."""
+        """Returns the numbers of processes that continue this run exactly, with equal shares."""
         return divisors(self._ranges.lanes) if self.exact else [self._ranges.world.size]
+
+    def describe_worlds(self) -> str:
+        """Returns which numbers of processes continue this run, in words for dry runs and checkpoints."""
+        sizes = ", ".join(map(str, self.world_sizes()))
+        if not self.exact or len(self.world_sizes()) == self._ranges.lanes:
+            return sizes
+        return f"{sizes}; with data.uneven=true any number up to {self._ranges.lanes}"
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The rows of a global batch on every rank, () where all hold equally many."""
+        return self._ranges.shares
 
     def describe(self) -> dict[str, Any]:
         """Returns what the banner prints: counts, sizes, where the index lies, whether the order is exact."""
@@ -331,7 +344,7 @@ def _open_indexed(
     }
     return TrainStream(
         WindowReader(index, order, recipe, options, source),
-        RowRanges(options.batch_size, order.lanes, world, options.workers),
+        RowRanges(options.batch_size, order.lanes, world, options.workers, options.uneven),
         recipe,
         options,
         position,
@@ -341,8 +354,6 @@ def _open_indexed(
 
 def _order(index: Index, options: LoaderOptions, world: dist.World, saved: dict[str, Any] | None) -> Order:
     window_samples = options.window_bytes / max(1.0, index.sample_bytes)
-    if options.batch_size % world.size:
-        default_lanes(options.batch_size, world.size)
     if saved is not None and saved.get("lanes"):
         lanes, chunk, window = (int(saved[key]) for key in ("lanes", "chunk_size", "window_chunks"))
         if options.lanes not in (None, lanes):
@@ -351,8 +362,8 @@ def _order(index: Index, options: LoaderOptions, world: dist.World, saved: dict[
                 f"set data.lanes={lanes} or leave it out",
             )
     else:
-        lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples)
+        lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples, options.uneven)
         chunk, window = default_chunks(
-            index.num_samples, lanes, max(1, lanes // world.size), window_samples, index.stride
+            index.num_samples, lanes, -(-lanes // world.size), window_samples, index.stride
         )
     return Order(index.counts, options.batch_size, lanes, chunk, window, options.seed)

@@ -87,6 +87,11 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: 
         if found is not None:
             log.note(f"continuing {found.path} at step {state.step} of {run.total_steps}")
             log.note(guarantee(run, found))
+            if found.world_size != run.world.size:
+                sizes = {"from": found.world_size, "to": run.world.size, "rows": list(run.stream.shares)}
+                log.append(
+                    {"event": "processes", "step": state.step, **sizes, "holds": guarantee(run, found)}
+                )
         with StopSignals() as signals, heartbeat:
             loop = Loop(run, state, store, budget, log, signals, heartbeat)
             if kept is not None:

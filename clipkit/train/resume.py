@@ -109,6 +109,10 @@ def continue_rng(run: Run, found: Checkpoint | None) -> None:
         restore_rng(states)
 
 
+def _shares(run: Run) -> str:
+    return f" of {min(run.stream.shares)} to {max(run.stream.shares)} rows" if run.stream.shares else ""
+
+
 def guarantee(run: Run, found: Checkpoint) -> str:
     """Returns what holds of a run that continues: exact to the last bit, up to rounding, or neither."""
     if not run.stream.exact:
@@ -119,8 +123,8 @@ def guarantee(run: Run, found: Checkpoint) -> str:
     same = "same samples, order and augmentations"
     if found.world_size != run.world.size:
         return (
-            f"{found.world_size} -> {run.world.size} process(es): {same}; losses equal up to floating-point "
-            "order, dropout drawn anew"
+            f"{found.world_size} -> {run.world.size} process(es){_shares(run)}: {same}; losses equal up to "
+            "floating-point order, dropout drawn anew"
         )
     then, now = (named.get("torch") for named in (found.manifest["versions"], versions()))
     if then != now:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from clipkit.data.loader import CaptionField, LoaderOptions, RejectBudget, Source, open_train
-from clipkit.data.ranges import divisors
+from clipkit.data.order import divisors
 from clipkit.data.views import ImageView
 from clipkit.dist import World
 from clipkit.types import Batch, ConfigError, DataError, Reject
@@ -70,6 +70,21 @@ def test_every_world_builds_the_same_batches(uneven: Path, batch_size: int) -> N
     for batch in reference:
         assert [int(key) for key in batch.keys] == batch.ids.tolist()
         assert len(batch) == batch_size
+
+
+@pytest.mark.parametrize(("lanes", "size", "workers"), [(None, 5, 0), (4, 3, 2)])
+def test_uneven_ranks_build_the_same_batches(
+    uneven: Path, lanes: int | None, size: int, workers: int
+) -> None:
+    reference = take(stream(uneven, 12, lanes=lanes), 0, 10)
+    state = stream(uneven, 12, lanes=lanes).state(0)
+    found = run(uneven, 12, size, 0, len(reference), uneven=True, saved=state, workers=workers)
+    assert same([replace(batch, shares=()) for batch in found], reference)
+    (alone,) = take(stream(uneven, 12, World(size - 1, size), uneven=True, lanes=lanes), 0, 1)
+    assert len(alone.shares) == size
+    assert sum(alone.shares) == 12
+    assert alone.shares[-1] == len(alone)
+    assert alone.rows(0, 1).shares == ()
 
 
 def test_rows_are_the_samples_they_claim(uneven: Path) -> None:
@@ -311,8 +326,12 @@ def test_saved_lanes_win_over_defaults(uneven: Path) -> None:
     state = stream(uneven, 12, lanes=4).state(0)
     later = stream(uneven, 12, World(1, 2), saved=state)
     assert later.state(0)["lanes"] == 4
-    with pytest.raises(ConfigError, match="1, 2, 4"):
+    with pytest.raises(ConfigError, match=r"1, 2, 4; data.uneven=true takes any up to 4"):
         stream(uneven, 12, World(0, 3), saved=state)
+    assert stream(uneven, 12, World(0, 3), saved=state, uneven=True).state(0)["lanes"] == 4
+    with pytest.raises(ConfigError, match="lanes, 4, is not a multiple of the 5 processes"):
+        stream(uneven, 12, World(0, 5), saved=state, uneven=True)
+    assert state["processes"] == "1, 2, 4; with data.uneven=true any number up to 4"
 
 
 def test_impossible_sizes_are_refused(uneven: Path, tmp_path: Path) -> None:
