@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clipkit.data.ranges import RowRanges
 from clipkit.dist import World
 from clipkit.learner import Learner, extras_of, freeze_unused, inputs_of, needs_of
 from clipkit.models.teachers import Teachers
@@ -29,6 +30,7 @@ from tests.conftest import TINY_MODEL
 from tests.objectives.entries import ENTRIES
 
 BATCH = 12
+LANES = 4  # three ranks get 3, 3 and 6 rows
 TOLERANCE = 1e-10
 
 ROBERTA = {
@@ -80,7 +82,7 @@ def make(kind: str, label: str) -> tuple[Learner, Views]:
     return learner, views
 
 
-def batch_of(learner: Learner, views: Views, number: int, world: World) -> Batch:
+def batch_of(learner: Learner, views: Views, number: int, world: World, uneven: bool = False) -> Batch:
     """This rank's rows of global batch `number`."""
     generator = torch.Generator().manual_seed(100 + number)
     words = ["red", "blue", "green", "a", "small", "large", "star", "heart"]
@@ -101,8 +103,8 @@ def batch_of(learner: Learner, views: Views, number: int, world: World) -> Batch
         slots=rows,
         keys=tuple(str(i) for i in range(BATCH)),
     )
-    share = BATCH // world.size
-    return whole.rows(world.rank * share, (world.rank + 1) * share)
+    ranges = RowRanges(BATCH, LANES if uneven else BATCH, world, 0, uneven)
+    return replace(whole.rows(*ranges.of_rank()), shares=ranges.shares)
 
 
 def reference_backward(learner: Any, batch: Batch, micro_batch: int) -> dict[str, Tensor]:
@@ -118,7 +120,14 @@ def reference_backward(learner: Any, batch: Batch, micro_batch: int) -> dict[str
 
 
 def two_steps(
-    rank: int, world: int, kind: str, objective: str, mode: str, micro: int, seed: int = 7
+    rank: int,
+    world: int,
+    kind: str,
+    objective: str,
+    mode: str,
+    micro: int,
+    seed: int = 7,
+    uneven: bool = False,
 ) -> dict[str, Tensor]:
     """Losses and every gradient of two optimizer steps."""
     accelerator = make_accelerator("fp32")
@@ -134,7 +143,7 @@ def two_steps(
     }
     torch.manual_seed(seed)
     for number in range(2):
-        outputs = backward[mode](batch_of(bare, views, number, World.current()))
+        outputs = backward[mode](batch_of(bare, views, number, World.current(), uneven))
         value = outputs["loss"].detach()
         if world > 1:
             torch.distributed.all_reduce(value)
@@ -174,11 +183,25 @@ def one_process(run_ranks: Any) -> Any:
     return steps
 
 
+# Three equal ranks: below, with micro-batches.
 @pytest.mark.parametrize("objective", LABELS)
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_equal_one_process(run_ranks: Any, one_process: Any, world: int, objective: str) -> None:
+@pytest.mark.parametrize(("world", "uneven"), [(2, False), (3, True)])
+def test_ranks_equal_one_process(
+    run_ranks: Any, one_process: Any, world: int, uneven: bool, objective: str
+) -> None:
     expected = one_process("native", objective)
-    for found in run_ranks(world, two_steps, "native", objective, "full", 0):
+    for found in run_ranks(world, two_steps, "native", objective, "full", 0, 7, uneven):
+        check_same(found, expected)
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip", "swav"])
+@pytest.mark.parametrize("micro", [2, 4])
+def test_uneven_ranks_take_micro_batches(
+    run_ranks: Any, one_process: Any, micro: int, objective: str
+) -> None:
+    # Two and three pieces, or one and two: ranks differ in how many.
+    expected = one_process("native", objective)
+    for found in run_ranks(3, two_steps, "native", objective, "cached", micro, 7, True):
         check_same(found, expected)
 
 
@@ -210,5 +233,5 @@ def test_caching_replays_stochastic_layers(run_ranks: Any, kind: str, objective:
 @pytest.mark.parametrize("objective", ["clip", "siglip"])
 def test_batchnorm_tower_sees_the_global_batch(run_ranks: Any, objective: str) -> None:
     (expected,) = run_ranks(1, two_steps, "resnet", objective, "full", 0)
-    for found in run_ranks(2, two_steps, "resnet", objective, "full", 0):
+    for found in run_ranks(3, two_steps, "resnet", objective, "full", 0, 7, True):
         check_same(found, expected)
