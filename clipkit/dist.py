@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
+
+from clipkit.types import ConfigError
+
+# Rows of the batch at hand on every rank, where ranks differ.
+_shares: ContextVar[tuple[int, ...]] = ContextVar("shares", default=())
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,48 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
+@contextmanager
+def uneven(shares: tuple[int, ...]) -> Iterator[None]:
+    """Inside, rank r holds `shares[r]` rows of the batch; () says that all hold equally many.
+
+    The sizes come from the order of the data, so that no collective has to ask for them.
+    """
+    token = _shares.set(shares)
+    try:
+        yield
+    finally:
+        _shares.reset(token)
+
+
+def row_weight() -> float:
+    """Returns W * B / N: what a mean over this rank's rows counts in a mean over ranks; 1 on even ranks."""
+    shares = _shares.get()
+    return len(shares) * shares[World.current().rank] / sum(shares) if shares else 1.0
+
+
+def rows_of_ranks(x: Tensor) -> tuple[int, ...]:
+    """Returns how many rows `gather(x)` brings from every rank, in rank order; their sum is N.
+
+    Raises ConfigError when ranks hold unequal parts of a batch and `x` is not made of rows of it.
+    """
+    world, shares, rows = World.current(), _shares.get(), x.shape[0]
+    if not shares:
+        return (rows,) * world.size
+    times, rest = divmod(rows, shares[world.rank])
+    if rest:
+        raise ConfigError(
+            f"{rows} rows to gather on a rank with {shares[world.rank]} rows of the batch: what other ranks "
+            "bring is unknown",
+            "gather rows of the batch, or use a number of processes that divides the lanes",
+        )
+    return tuple(times * share for share in shares)
+
+
+def first_row(x: Tensor) -> int:
+    """Returns the place of this rank's first row among those of `gather(x)`."""
+    return sum(rows_of_ranks(x)[: World.current().rank])
+
+
 class _Gather(torch.autograd.Function):
     """All-gather along dim 0 whose backward sums the cotangents of all ranks.
 
@@ -53,18 +102,21 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
+    def forward(ctx: Any, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+        ctx.rows = rows
+        # Padded to the largest: gloo reports success on unequal sizes and fills a part of the buffer.
+        missing = max(rows) - x.shape[0]
+        padded = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))]) if missing else x.contiguous()
+        parts = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
-        rows = total.shape[0] // dist.get_world_size()
-        return total[dist.get_rank() * rows : (dist.get_rank() + 1) * rows]
+        return total.split(ctx.rows)[dist.get_rank()], None
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -87,9 +139,9 @@ class _AllReduceSum(torch.autograd.Function):
 def gather(x: Tensor) -> Tensor:
     """Returns the rows of all ranks in rank order, (B, ...) -> (N, ...); differentiable.
 
-    Every rank must hold equally many rows (the loader guarantees it).
+    Every rank must hold equally many rows, or the rows that `uneven` says.
     """
-    return x if World.current().size == 1 else _Gather.apply(x)
+    return x if World.current().size == 1 else _Gather.apply(x, rows_of_ranks(x))
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -98,8 +150,9 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """Returns the mean of `x` over ranks; differentiable."""
-    return all_reduce_sum(x) / World.current().size
+    """Returns the mean of `x` over ranks, each counting by its rows (`row_weight`); differentiable."""
+    weight = row_weight()
+    return all_reduce_sum(x if weight == 1 else weight * x) / World.current().size
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -117,7 +170,7 @@ def own_rows(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) and is_sharded(x) else x
 
 
-def first_row(x: Tensor) -> int:
+def first_own_row(x: Tensor) -> int:
     """Returns the number of the first of `own_rows`, or the count of rows where this rank has none."""
     if not is_sharded(x):
         return 0

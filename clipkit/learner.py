@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkit import dist
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import Towers
@@ -125,6 +126,9 @@ class Learner(nn.Module):
                                                       "teacher.<name>."
         score      embeddings, extras, progress    -> as full, from embeddings alone
         surrogate  images, texts, cotangents       -> {"loss"}: sum of embedding x cotangent
+
+        shares, of full and score: rows of the global batch on every rank, () for equally many. All numbers
+        are multiplied by W * B / N, so that their mean over ranks is that over the rows of the batch.
         """
         modes: dict[str, Callable[..., Tensors]] = {
             "full": self._full,
@@ -141,8 +145,9 @@ class Learner(nn.Module):
         extras: dict[str, Tensors],
         progress: float,
         inspect: bool = False,
+        shares: tuple[int, ...] = (),
     ) -> Tensors:
-        return self._score(self._embed(images, texts, teach=True), extras, progress, inspect)
+        return self._score(self._embed(images, texts, teach=True), extras, progress, inspect, shares)
 
     def _embed(self, images: Tensors, texts: Tensors, weights: str = "raw", teach: bool = False) -> Tensors:
         towers = self.towers
@@ -156,9 +161,16 @@ class Learner(nn.Module):
         return embeddings
 
     def _score(
-        self, embeddings: Tensors, extras: dict[str, Tensors], progress: float, inspect: bool = False
+        self,
+        embeddings: Tensors,
+        extras: dict[str, Tensors],
+        progress: float,
+        inspect: bool = False,
+        shares: tuple[int, ...] = (),
     ) -> Tensors:
-        with torch.autocast(next(iter(embeddings.values())).device.type, enabled=False):
+        device = next(iter(embeddings.values())).device.type
+        with torch.autocast(device, enabled=False), dist.uneven(shares):
+            share = dist.row_weight()
             wide = {name: at_least_fp32(x) for name, x in embeddings.items()}
             e = Embeddings(
                 trunk=named(wide, "trunk."),
@@ -174,8 +186,8 @@ class Learner(nn.Module):
             for label, part in self.objectives.items():
                 terms = part(e)
                 terms = terms if isinstance(terms, dict) else {"loss": terms}
-                weighted[label] = self.weights[label] * terms["loss"]
-                outputs.update({f"{name}/{label}": x.detach() for name, x in terms.items()})
+                weighted[label] = self.weights[label] * share * terms["loss"]
+                outputs.update({f"{name}/{label}": x.detach() * share for name, x in terms.items()})
             if inspect:
                 outputs |= inspected(wide, weighted)
             return {"loss": functools.reduce(torch.add, weighted.values()), **outputs}

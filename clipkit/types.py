@@ -1,7 +1,7 @@
 """Core types and THE shape legend. Loads no torch, so that the command line stays light.
 
 Shape legend, used in every docstring of this package:
-    B  rows on this rank            N  rows of the global batch, N = B * W
+    B  rows on this rank            N  rows of the global batch; B * W where ranks hold equally many
     W  ranks                        D  joint (shared embedding) width
     F  trunk width of one tower     T  tokens of a text
     H, V  image height and width in pixels
@@ -80,6 +80,7 @@ class Batch:
     ids       int64 (B,), identity of the sample in its source
     slots     int64 (B,), position of the row in its epoch (what augmentation seeds derive from)
     keys      sample keys, for messages
+    shares    rows of the global batch on every rank, () where all hold equally many
     rejects   samples that were replaced while this batch was built
     retries   reads that failed and were tried again while it was built
     """
@@ -94,6 +95,7 @@ class Batch:
     present: dict[str, Tensor] = field(default_factory=dict)
     rejects: tuple[Reject, ...] = ()
     retries: int = 0
+    shares: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -119,7 +121,7 @@ class Batch:
     def rows(self, start: int, stop: int) -> Batch:
         """Returns rows start..stop as a batch of its own (a micro-batch)."""
         part = self._map(lambda tensor: tensor[start:stop])
-        return replace(part, keys=self.keys[start:stop], rejects=())
+        return replace(part, keys=self.keys[start:stop], rejects=(), shares=())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 
 The first line checks gradients, the order of rows, saved state, and that 2 and 3 processes train exactly
 what one would. What makes the last one hold: each rank returns the mean over ITS anchors, against the
-candidates of ALL ranks, which `gather` brings with their gradient.
+candidates of ALL ranks, which `gather` brings with their gradient and among which its own begin at
+`first_row` (ranks may hold unequal shares of a batch).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import clipkit
-from clipkit.dist import World, gather
+from clipkit.dist import first_row, gather
 from clipkit.losses import contrastive_loss
 from clipkit.objectives import Scale
 from clipkit.types import IMAGE, TEXT, ConfigError, Needs
@@ -37,7 +38,7 @@ class TolerantClip(clipkit.Objective):
         image, text = e.joint["image"], e.joint["text"]
         images, texts = gather(image), gather(text)
         rows = torch.arange(len(image), device=image.device)
-        own = rows + World.current().rank * len(image)
+        own = rows + first_row(image)
         alike = (text @ texts.T).detach() > self.threshold
         alike[rows, own] = False
         to_text = contrastive_loss(e.logit_scale * image @ texts.T, own, keep=~alike)

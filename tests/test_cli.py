@@ -340,13 +340,13 @@ def test_an_objective_is_checked_and_its_faults_are_a_failed_gate(
     broken = (
         own.read_text()
         .replace("gather(image), gather(text)", "image, text")
-        .replace(" + World", " + 0 * World")
+        .replace(" + first_row", " + 0 * first_row")
     )
     (tmp_path / "broken.py").write_text(broken)
     assert main(["test-objective", f"{tmp_path / 'broken.py'}:TolerantClip", "threshold=0.5"]) == 4
     said, complaint = capsys.readouterr()
     assert said.count("FAILED") == 2
-    assert "fails 2 of 7 checks: 2 ranks = one process, 3 ranks = one process" in complaint
+    assert "fails 2 of 7 checks: 2 ranks = one process, 3 uneven ranks = one process" in complaint
     assert "cure: " in complaint
     assert main(["test-objective", f"{own}:TolerantClip", "threshold=2"]) == 2
     assert main(["test-objective", "supcon"]) == 2

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, cat
 
 from clipkit.checkpoint.manifest import fixed_stem
-from clipkit.dist import first_row, is_sharded, own_rows
+from clipkit.dist import first_own_row, is_sharded, own_rows
 from clipkit.types import ClipkitError
 
 
@@ -37,7 +37,7 @@ def part_rows(stem: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     """
     plain = {name: x for name, x in tensors.items() if not is_sharded(x)}
     pieces = {
-        f"{stem}/{name}": Piece(own_rows(x), first_row(x), tuple(x.shape))
+        f"{stem}/{name}": Piece(own_rows(x), first_own_row(x), tuple(x.shape))
         for name, x in tensors.items()
         if name not in plain and len(own_rows(x))
     }
@@ -104,7 +104,7 @@ def rows_for(source: Tensor | Stored, target: Tensor) -> Tensor:
     """Returns the rows of `source` that `target`, a tensor of its shape, holds on this rank."""
     if not is_sharded(target):
         return source if isinstance(source, Tensor) else source.read()
-    first, last = first_row(target), first_row(target) + len(own_rows(target))
+    first, last = first_own_row(target), first_own_row(target) + len(own_rows(target))
     return source[first:last] if isinstance(source, Tensor) else source.read(first, last)
 
 

@@ -68,15 +68,27 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
         batch, world = self.data.batch_size, self.run.world_size
-        if world is not None and batch % world:
+        if world is not None and (world > batch or (batch % world and not self.data.uneven)):
             raise refuse(
                 f"run.world_size {world} does not divide data.batch_size {batch}",
-                "data.batch_size is the global batch: make it a multiple of the number of processes",
+                "data.batch_size is the global batch: make it a multiple of the number of processes, or set "
+                "data.uneven: true for any number up to it",
             )
         if self.data.index == "lazy" and self.run.epochs is not None:
             raise refuse(
                 "run.epochs needs the number of samples, which data.index: lazy does not know",
                 "give run.samples or run.steps instead",
+            )
+        if self.data.uneven and self.data.index == "lazy":
+            raise refuse(
+                "data.uneven does not go with data.index: lazy, whose first epoch deals whole shards",
+                "leave one of the two out",
+            )
+        if self.data.uneven and self.data.micro_batch is not None and self.run.sharding != "none":
+            raise refuse(
+                "data.uneven with run.sharding and data.micro_batch: every piece of a batch gathers weights, "
+                "and ranks would have different numbers of pieces",
+                "leave one of the three out",
             )
         if self.run.samples is not None and self.run.samples < batch:
             raise refuse(

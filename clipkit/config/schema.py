@@ -228,6 +228,7 @@ class StorageConfig(Section):
 class DataConfig(Section):
     """What is trained on. batch_size is GLOBAL; micro_batch is samples per rank and forward pass.
 
+    uneven: take numbers of processes that do not divide lanes and batch; losses are weighted by rows;
     max_lost_chunks: how many chunks may stay unreadable, their samples replaced and listed in rejects.jsonl;
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
     index_dir: a folder with the index that `clipkit index --out` made; index: lazy builds it while the first
@@ -239,6 +240,7 @@ class DataConfig(Section):
     micro_batch: Count | None = None
     workers: Annotated[int, BeforeValidator(_workers), Field(ge=0)] = Field(default_factory=_default_workers)
     lanes: Count | None = None
+    uneven: bool = False
     window_bytes: Count = 1 << 30
     max_pixels: Count = 64_000_000
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01

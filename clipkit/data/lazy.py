@@ -21,8 +21,8 @@ from clipkit.data.first_epoch import LaneReader, ShardOrder, first_lanes, sample
 from clipkit.data.indexing import DENSE_SAMPLES, Indexing, assemble
 from clipkit.data.loader import TrainStream, order_sizes
 from clipkit.data.options import LoaderOptions
-from clipkit.data.order import ORDER_VERSION, Order
-from clipkit.data.ranges import RowRanges, divisors
+from clipkit.data.order import ORDER_VERSION, Order, divisors
+from clipkit.data.ranges import RowRanges
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Passed, Recipe, SubBatch
 from clipkit.data.scan import ShardScan

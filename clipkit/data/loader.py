@@ -18,8 +18,8 @@ import torch
 from clipkit import dist
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
-from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes
-from clipkit.data.ranges import RowRanges, divisors
+from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
+from clipkit.data.ranges import RowRanges
 from clipkit.data.rejects import RejectBudget
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, SubBatch, merge
@@ -114,7 +114,8 @@ class TrainStream:
                 yield self._merged(parts)
 
     def _merged(self, parts: Sequence[SubBatch | None]) -> Batch:
-        batch = merge([part for part in parts if part is not None], self._recipe)
+        built = merge([part for part in parts if part is not None], self._recipe)
+        batch = replace(built, shares=self._ranges.shares)
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def state(self, step: int) -> dict[str, Any]:
@@ -124,7 +125,8 @@ class TrainStream:
         """
         assert self.steps_per_epoch is not None
         epoch, within = divmod(step + self._shift, self.steps_per_epoch)
-        return {**self._position, "step": step, "epoch": epoch, "batch_in_epoch": within}
+        position = {**self._position, "step": step, "epoch": epoch, "batch_in_epoch": within}
+        return position | ({"processes": self.describe_worlds()} if self.exact else {})
 
     def ends_epoch(self, step: int) -> bool:
         """Returns whether the batch before step `step` of the run is known to have ended an epoch."""
@@ -154,8 +156,20 @@ class TrainStream:
             )
 
     def world_sizes(self) -> list[int]:
-        """Returns the numbers of processes that continue this run exactly."""
+        """Returns the numbers of processes that continue this run exactly, with equal shares."""
         return divisors(self._ranges.lanes) if self.exact else [self._ranges.world.size]
+
+    def describe_worlds(self) -> str:
+        """Returns which numbers of processes continue this run, in words for dry runs and checkpoints."""
+        sizes = ", ".join(map(str, self.world_sizes()))
+        if not self.exact or len(self.world_sizes()) == self._ranges.lanes:
+            return sizes
+        return f"{sizes}; with data.uneven=true any number up to {self._ranges.lanes}"
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The rows of a global batch on every rank, () where all hold equally many."""
+        return self._ranges.shares
 
     def describe(self) -> dict[str, Any]:
         """Returns what the banner prints: counts, sizes, where the index lies, whether the order is exact."""
@@ -286,7 +300,7 @@ def _open_indexed(
     }
     return TrainStream(
         WindowReader(index, order, recipe, options, source),
-        RowRanges(options.batch_size, order.lanes, world, options.workers),
+        RowRanges(options.batch_size, order.lanes, world, options.workers, options.uneven),
         recipe,
         options,
         position,
@@ -307,8 +321,6 @@ def order_sizes(
     index: where the size of a sample comes from; num_samples and stride: of the whole set.
     """
     window_samples = options.window_bytes / max(1.0, index.sample_bytes)
-    if options.batch_size % world.size:
-        default_lanes(options.batch_size, world.size)
     if saved is not None and saved.get("batch_size") != options.batch_size:
         raise PositionChangedError(
             f"the saved position counts batches of {saved.get('batch_size')}, not of {options.batch_size}",
@@ -323,8 +335,6 @@ def order_sizes(
                 f"set data.lanes={lanes} or leave it out",
             )
     else:
-        lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples)
-        chunk, window = default_chunks(
-            num_samples, lanes, max(1, lanes // world.size), window_samples, stride
-        )
+        lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples, options.uneven)
+        chunk, window = default_chunks(num_samples, lanes, -(-lanes // world.size), window_samples, stride)
     return lanes, chunk, window

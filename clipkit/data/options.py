@@ -41,6 +41,7 @@ class LoaderOptions:
     batch_size           samples over all ranks
     workers              worker processes per rank; 0 builds batches in the main process
     lanes                None: chosen from batch size and ranks
+    uneven               ranks that do not divide the lanes take one lane more or less
     window_bytes         raw bytes of the shuffle windows, per rank
     max_pixels           of an image, compared with its header before it is decoded
     max_reject_fraction  tolerated share of unusable samples
@@ -59,6 +60,7 @@ class LoaderOptions:
     seed: int
     workers: int = 0
     lanes: int | None = None
+    uneven: bool = False
     window_bytes: int = 1 << 30
     max_pixels: int = 64_000_000
     max_reject_fraction: float = 0.01

@@ -236,24 +236,44 @@ class EpochOrder:
         return np.concatenate(rows)
 
 
-def default_lanes(batch_size: int, world_size: int, window_samples: float = float("inf")) -> int:
+def divisors(number: int) -> list[int]:
+    """Returns the divisors of a number, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def check_shares(world_size: int, units: int, name: str, uneven: bool) -> None:
+    """Raises ConfigError when `world_size` ranks cannot share `units` of a batch, called `name`.
+
+    Equally, or with `uneven` at least one each.
+    """
+    if world_size > units or (units % world_size and not uneven):
+        allowed = divisors(units)
+        shown = ", ".join(map(str, allowed[:12])) + (", ..." if len(allowed) > 12 else "")
+        other = f"; data.uneven=true takes any up to {units}" if world_size <= units and not uneven else ""
+        raise ConfigError(
+            f"{name} is not a multiple of the {world_size} processes",
+            f"start one of these numbers of processes: {shown}{other}",
+        )
+
+
+def default_lanes(
+    batch_size: int, world_size: int, window_samples: float = float("inf"), uneven: bool = False
+) -> int:
     """Returns L: the batch size itself up to 512, beyond it the largest fitting divisor of it.
 
     A divisor fits when it is a multiple of the number of ranks, at most max(512, 16 per rank), and the
-    smallest windows of a rank's lanes (16 samples each) stay within `window_samples`.
+    smallest windows of a rank's lanes (16 samples each) stay within `window_samples`. With `uneven` ranks
+    that do not divide the batch it need only be as large as their number. Raises ConfigError for others.
     """
-    if batch_size % world_size:
-        raise ConfigError(
-            f"data.batch_size={batch_size} is not a multiple of the {world_size} processes",
-            f"set data.batch_size to {-(-batch_size // world_size) * world_size}, or start other processes",
-        )
+    check_shares(world_size, batch_size, f"data.batch_size={batch_size}", uneven)
     most = max(FREE_LANES, LANES_PER_RANK * world_size)
-    rows = batch_size // world_size
-    per_rank = (rows // k for k in range(1, rows + 1) if rows % k == 0)
-    for lanes in per_rank:
-        if lanes * world_size <= most and (lanes * 16 <= window_samples or lanes == 1):
-            return lanes * world_size
-    return world_size
+    step = 1 if batch_size % world_size else world_size
+    lanes = [each for each in divisors(batch_size) if each >= world_size and each % step == 0]
+    for each in reversed(lanes):
+        per_rank = -(-each // world_size)
+        if each <= most and (per_rank * 16 <= window_samples or per_rank == 1):
+            return each
+    return lanes[0]
 
 
 def default_chunks(

@@ -45,17 +45,12 @@ def open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world
     """
     count, widths = _surveyed(shards, recipe, options, world)
     recipe = replace(recipe.for_pairs(count), widths=widths)
-    if options.batch_size % world.size:
-        raise ConfigError(
-            f"data.batch_size={options.batch_size} is not a multiple of the {world.size} processes",
-            "change data.batch_size or the number of processes",
-        )
     if count < options.batch_size:
         raise ConfigError(
             f"data.batch_size={options.batch_size} is larger than the set of {count} samples",
             f"set data.batch_size to at most {count}",
         )
-    ranges = RowRanges(options.batch_size, options.batch_size, world, options.workers)
+    ranges = RowRanges(options.batch_size, options.batch_size, world, options.workers, options.uneven)
     position = {
         "order_version": ORDER_VERSION,
         "exact": False,

@@ -2,7 +2,9 @@
 
 Shapes: B anchors on this rank, C candidates, N = B * W gathered rows, D width. Values are in nats.
 Every loss of this package keeps one promise: rank r returns the mean over ITS anchors against all
-gathered candidates, so that the mean over ranks, of value and gradient, is that of the global batch.
+gathered candidates, so that the mean over ranks, of value and gradient, is that of the global batch. Where
+ranks hold unequal parts of it, every mean over ranks counts a rank by its rows. `first` is always the place
+of this rank's first row among the gathered ones.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of all ranks in rank order, (B, ...) -> (N, ...), differentiable; B is the same on every rank.
+# Rows of all ranks in rank order, (B, ...) -> (N, ...), differentiable.
 Gather = Callable[[Tensor], Tensor]
-# Mean over ranks, same shape, differentiable.
+# Mean over ranks, each counting by its rows of the batch, same shape, differentiable.
 Reduce = Callable[[Tensor], Tensor]
 Scale = Tensor | float
 Form = Literal["out", "in", "decoupled"]
@@ -29,9 +31,9 @@ def alone(x: Tensor) -> Tensor:
     return x
 
 
-def own_columns(x: Tensor, rank: int = 0) -> Tensor:
+def own_columns(x: Tensor, first: int = 0) -> Tensor:
     """Returns the places of this rank's rows among the gathered ones, int64 (B,)."""
-    return torch.arange(x.shape[0], device=x.device) + rank * x.shape[0]
+    return torch.arange(x.shape[0], device=x.device) + first
 
 
 def similarity(a: Tensor, b: Tensor, kind: Similarity = "cosine") -> Tensor:
@@ -65,7 +67,7 @@ def two_view_logits(
     a: Tensor,
     b: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     kind: Similarity = "dot",
     within: bool = True,
@@ -80,25 +82,25 @@ def two_view_logits(
     count = all_a.shape[0]
     if count < 2:
         raise ValueError("in-batch negatives need a global batch of at least two samples, got one")
-    positives = own_columns(a, rank)
+    positives = own_columns(a, first)
 
     def against(anchors: Tensor, other: Tensor, own: Tensor) -> Tensor:
         if not within:
             return scaled_similarity(anchors, other, scale, kind)
         logits = scaled_similarity(anchors, torch.cat([other, own]), scale, kind)
-        logits[positives - rank * anchors.shape[0], positives + count] = -math.inf
+        logits[positives - first, positives + count] = -math.inf
         return logits
 
     return against(a, all_b, all_a), against(b, all_a, all_b), positives
 
 
-def same_label(labels: Tensor, rank: int = 0, gather: Gather = alone) -> Tensor:
+def same_label(labels: Tensor, first: int = 0, gather: Gather = alone) -> Tensor:
     """Returns which gathered samples share the label of each row, bool (B, N), its own column included.
 
     labels int64 (B,); a negative label means unlabelled and is shared with nothing else.
     """
     same = (labels[:, None] == gather(labels)) & (labels >= 0)[:, None]
-    same[torch.arange(labels.shape[0], device=labels.device), own_columns(labels, rank)] = True
+    same[torch.arange(labels.shape[0], device=labels.device), own_columns(labels, first)] = True
     return same
 
 
@@ -121,13 +123,19 @@ def smoothed_targets(positives: Tensor, epsilon: float, dtype: torch.dtype = tor
 
 
 def global_mean(values: Tensor, chosen: Tensor, reduce: Reduce = alone) -> Tensor:
-    """Returns the sum of the chosen values over the mean per rank of their number, (); 0 if there are none.
+    """Returns the chosen values per row over the mean of their number per row, (); 0 if there are none.
 
     The mean over ranks of the results is then the mean over all chosen values, however unevenly they
-    are spread over ranks. values any shape, chosen bool of the same shape.
+    are spread over ranks. values (B, ...), chosen bool of the same shape.
     """
-    count = reduce(chosen.sum().to(values.dtype))
-    return values.masked_fill(~chosen, 0).sum() / torch.where(count > 0, count, 1)
+    return mean_of_sums(values.masked_fill(~chosen, 0).sum(), chosen.sum(), values.shape[0], reduce)
+
+
+def mean_of_sums(total: Tensor, count: Tensor, rows: int, reduce: Reduce = alone) -> Tensor:
+    """Returns as `global_mean` the mean of what adds up to `total` () in `count` () parts on `rows` rows."""
+    # Per row: ranks count by their rows in the mean.
+    share = reduce(count.to(total.dtype) / rows)
+    return total / rows / torch.where(share > 0, share, 1)
 
 
 def log_mean_over_ranks(log_values: Tensor, reduce: Reduce = alone) -> Tensor:

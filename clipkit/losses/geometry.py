@@ -30,7 +30,7 @@ def alignment(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
 
 
 def uniformity(
-    x: Tensor, rank: int = 0, gather: Gather = alone, reduce: Reduce = alone, *, t: float = 2.0
+    x: Tensor, first: int = 0, gather: Gather = alone, reduce: Reduce = alone, *, t: float = 2.0
 ) -> Tensor:
     """Returns log of the mean over distinct pairs of exp(-t |x_i - x_j|^2), the same on every rank, ().
 
@@ -41,7 +41,7 @@ def uniformity(
     if everyone.shape[0] < 2:
         raise ValueError("uniformity needs at least two rows in the global batch, got one")
     logits = t * similarity(x, everyone, "negative_squared_euclidean")
-    logits[torch.arange(x.shape[0], device=x.device), own_columns(x, rank)] = -math.inf
+    logits[torch.arange(x.shape[0], device=x.device), own_columns(x, first)] = -math.inf
     local = logits.flatten().logsumexp(0) - math.log(x.shape[0] * (everyone.shape[0] - 1))
     return log_mean_over_ranks(local, reduce)
 

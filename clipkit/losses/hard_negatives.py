@@ -111,7 +111,7 @@ def hcl_loss(
     a: Tensor,
     b: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     *,
     beta: float = 1.0,
@@ -125,7 +125,7 @@ def hcl_loss(
     beta = 0 is the debiased loss of arXiv:2007.00224 eq. 8, tau_plus = 0 too is NT-Xent.
     Raises ValueError for N = 1.
     """
-    from_a, from_b, positives = two_view_logits(a, b, scale, rank, gather)
+    from_a, from_b, positives = two_view_logits(a, b, scale, first, gather)
     weigh = functools.partial(weighted_loss, beta=beta, tau_plus=tau_plus, detach=detach, form=form)
     return _mean(weigh(from_a, positives, scale), weigh(from_b, positives, scale))
 
@@ -150,7 +150,7 @@ def hard_clip_loss(
     image: Tensor,
     text: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     *,
     hard: Tensor | None = None,
@@ -166,7 +166,7 @@ def hard_clip_loss(
     because no image belongs to a hard caption (NegCLIP, arXiv:2210.01936). beta, tau_plus and
     detach as in `hard_columns`; without any of it this is `clip_loss`. Raises ValueError for N = 1.
     """
-    from_image, from_text, positives = two_view_logits(image, text, scale, rank, gather, within=False)
+    from_image, from_text, positives = two_view_logits(image, text, scale, first, gather, within=False)
     if hard is not None:
         from_image = torch.cat([from_image, caption_logits(image, hard, scale, gather, present)], dim=1)
     weigh = functools.partial(weighted_loss, beta=beta, tau_plus=tau_plus, detach=detach)
@@ -178,7 +178,7 @@ def hard_info_nce(
     candidates: Tensor,
     hard: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     *,
     present: Tensor | None = None,
@@ -192,7 +192,7 @@ def hard_info_nce(
     """
     others = caption_logits(anchors, hard, scale, gather, present)
     logits = torch.cat([scale * anchors @ gather(candidates).T, others], dim=1)
-    positives = own_columns(anchors, rank)
+    positives = own_columns(anchors, first)
     if own_bonus == 0:
         return contrastive_loss(logits, positives)
     owner = torch.arange(others.shape[1], device=logits.device) // hard.shape[1]

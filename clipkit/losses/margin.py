@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipkit.losses.contrastive import Gather, Reduce, alone, global_mean, own_columns, same_label, similarity
+from clipkit.losses.contrastive import (
+    Gather,
+    Reduce,
+    alone,
+    global_mean,
+    mean_of_sums,
+    own_columns,
+    same_label,
+    similarity,
+)
 
 Distance = Literal["squared_euclidean", "euclidean", "cosine"]
 Miner = Literal["all", "semi_hard", "hard"]
@@ -123,8 +132,7 @@ def _all_triplets(
     sums = active * bound - below.gather(1, active)
     sums = sums.masked_fill(~positives, 0).sum()
     triplets = active if average == "nonzero" else negatives.sum(1, keepdim=True).expand_as(active)
-    count = reduce(triplets.masked_fill(~positives, 0).sum().to(distance.dtype))
-    return sums / torch.where(count > 0, count, 1)
+    return mean_of_sums(sums, triplets.masked_fill(~positives, 0).sum(), distance.shape[0], reduce)
 
 
 def triplet_loss(
@@ -132,7 +140,7 @@ def triplet_loss(
     b: Tensor | None,
     labels: Tensor | None = None,
     margin: float = 0.2,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     reduce: Reduce = alone,
     *,
@@ -153,11 +161,11 @@ def triplet_loss(
         if b is None:
             raise ValueError("one set of rows has no positives without labels: pass labels or a second view")
         labels = torch.full((a.shape[0],), -1, device=a.device)
-    positives = same_label(labels, rank, gather)
+    positives = same_label(labels, first, gather)
     negatives = ~positives
     if b is None:
         rows = torch.arange(a.shape[0], device=a.device)
-        positives[rows, own_columns(a, rank)] = False
+        positives[rows, own_columns(a, first)] = False
         matrix = distances(a, gather(a), distance)
         return mined_triplets(matrix, positives, negatives, margin, miner, average, reduce)
     directions = (distances(a, gather(b), distance), distances(b, gather(a), distance))

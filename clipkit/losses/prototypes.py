@@ -5,6 +5,7 @@ Shapes: B rows on this rank, K prototypes, D width. Values are in nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,15 +15,24 @@ from clipkit.losses.contrastive import Reduce, alone, contrastive_loss, log_mean
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, reduce: Reduce = alone) -> Tensor:
+def sinkhorn(
+    scores: Tensor,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    reduce: Reduce = alone,
+    rows: int | None = None,
+) -> Tensor:
     """Returns codes (B, K): rows sum to 1, and columns tend to equal shares of the batch of all ranks.
 
-    scores (B, K): cosines to the prototypes; epsilon: entropy of the codes; `reduce` is the mean over
-    ranks. SwAV, arXiv:2006.09882 eq. 3-5. In the log domain: exp(1 / epsilon) leaves half precision.
+    scores (B, K): cosines to the prototypes; epsilon: entropy of the codes; `reduce` is the mean over ranks,
+    which counts a rank by its `rows` of the batch (None: B). SwAV, arXiv:2006.09882 eq. 3-5. In the log
+    domain: exp(1 / epsilon) leaves half precision.
     """
     logits = scores / epsilon
+    # A sum over all rows is wanted, up to a factor: the mean over ranks of sums per row of the batch.
+    log_rows = math.log(scores.shape[0] if rows is None else rows)
     for _ in range(iterations):
-        logits = logits - log_mean_over_ranks(logits.logsumexp(0), reduce)
+        logits = logits - log_mean_over_ranks(logits.logsumexp(0) - log_rows, reduce)
         logits = logits.log_softmax(1)
     return logits.exp()
 
@@ -51,7 +61,7 @@ def swav_loss(
     for place, crop in enumerate(assigned):
         rows = scores[crop].detach()
         pooled = torch.cat([rows, extra[place].detach()]) if extra else rows
-        codes = sinkhorn(pooled, epsilon, iterations, reduce)[: rows.shape[0]]
+        codes = sinkhorn(pooled, epsilon, iterations, reduce, len(rows))[: len(rows)]
         for number, other in enumerate(scores):
             if number != crop:
                 total = total + contrastive_loss(other / temperature, codes)

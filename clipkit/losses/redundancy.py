@@ -11,8 +11,7 @@ from clipkit.losses.contrastive import Reduce, alone
 def standardised(x: Tensor, reduce: Reduce = alone, eps: float = 1e-5) -> Tensor:
     """Returns `x` (B, D) with mean 0 and biased variance 1 per dimension over the global batch.
 
-    `reduce` is the mean over ranks with autograd; every rank holds equally many rows. A constant
-    dimension becomes 0.
+    `reduce` is the mean over ranks with autograd. A constant dimension becomes 0.
     """
     centred = x - reduce(x.mean(0))
     return centred * (reduce(centred.square().mean(0)) + eps).rsqrt()

@@ -11,7 +11,7 @@ from clipkit.losses.contrastive import Gather, Scale, alone
 
 
 def sigmoid_loss(
-    image: Tensor, text: Tensor, scale: Scale, bias: Scale, rank: int = 0, gather: Gather = alone
+    image: Tensor, text: Tensor, scale: Scale, bias: Scale, first: int = 0, gather: Gather = alone
 ) -> Tensor:
     """Returns -1/B sum_ij log sigmoid(y_ij (scale <image_i, text_j> + bias)) over gathered texts, ().
 
@@ -22,7 +22,7 @@ def sigmoid_loss(
     logits = scale * image @ texts.T + bias
     signs = -logits.new_ones(logits.shape)
     rows = arange(image.shape[0], device=image.device)
-    signs[rows, rows + rank * image.shape[0]] = 1.0
+    signs[rows, rows + first] = 1.0
     return -F.logsigmoid(signs * logits).sum() / image.shape[0]
 
 

@@ -41,7 +41,7 @@ def clip_loss(
     image: Tensor,
     text: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     kind: Similarity = "dot",
 ) -> Tensor:
@@ -52,7 +52,7 @@ def clip_loss(
     that the mean over ranks is the loss of the global batch.
     """
     images, texts = gather(image), gather(text)
-    positives = own_columns(image, rank)
+    positives = own_columns(image, first)
     image_to_text = info_nce(image, texts, scale, positives, kind)
     text_to_image = info_nce(text, images, scale, positives, kind)
     return (image_to_text + text_to_image) / 2
@@ -84,7 +84,7 @@ def unicl_loss(
     text: Tensor,
     labels: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     *,
     form: Form = "out",
@@ -95,7 +95,7 @@ def unicl_loss(
     image, text (B, D) L2-normalised; labels int64 (B,), negative for unlabelled: then only the own pair.
     UniCL, arXiv:2204.03610, its bidirectional loss halved to a mean. With unique labels this is `clip_loss`.
     """
-    same = same_label(labels, rank, gather)
+    same = same_label(labels, first, gather)
     image_to_text = contrastive_loss(scaled_similarity(image, gather(text), scale, kind), same, form=form)
     text_to_image = contrastive_loss(scaled_similarity(text, gather(image), scale, kind), same, form=form)
     return (image_to_text + text_to_image) / 2
@@ -105,7 +105,7 @@ def nt_xent_loss(
     a: Tensor,
     b: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     kind: Similarity = "dot",
 ) -> Tensor:
@@ -114,7 +114,7 @@ def nt_xent_loss(
     a, b (B, D) L2-normalised; scale is 1 / temperature. Each anchor has its other view as positive and
     2N - 2 negatives from both views. SimCLR, arXiv:2002.05709 eq. 1. Raises ValueError for N = 1.
     """
-    from_a, from_b, positives = two_view_logits(a, b, scale, rank, gather, kind)
+    from_a, from_b, positives = two_view_logits(a, b, scale, first, gather, kind)
     return (contrastive_loss(from_a, positives) + contrastive_loss(from_b, positives)) / 2
 
 
@@ -122,7 +122,7 @@ def dcl_loss(
     a: Tensor,
     b: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     *,
     sigma: float | None = None,
@@ -135,7 +135,7 @@ def dcl_loss(
     without gradient and with mean 1: DCLW (L_DCW). `within=False` takes negatives from the other view
     alone, which for image and text is InfoLOOB, arXiv:2110.11316. Raises ValueError for N = 1.
     """
-    from_a, from_b, positives = two_view_logits(a, b, scale, rank, gather, within=within)
+    from_a, from_b, positives = two_view_logits(a, b, scale, first, gather, within=within)
     loss = (
         contrastive_loss(from_a, positives, form="decoupled")
         + contrastive_loss(from_b, positives, form="decoupled")
@@ -154,7 +154,7 @@ def supcon_loss(
     b: Tensor | None,
     labels: Tensor,
     scale: Scale,
-    rank: int = 0,
+    first: int = 0,
     gather: Gather = alone,
     reduce: Reduce = alone,
     *,
@@ -171,9 +171,9 @@ def supcon_loss(
     views = [a] if b is None else [a, b]
     candidates = torch.cat([gather(view) for view in views])
     logits = scaled_similarity(torch.cat(views), candidates, scale, kind)
-    positives = same_label(labels, rank, gather).repeat(len(views), len(views))
+    positives = same_label(labels, first, gather).repeat(len(views), len(views))
     count = candidates.shape[0] // len(views)
-    itself = torch.cat([own_columns(view, rank) + number * count for number, view in enumerate(views)])
+    itself = torch.cat([own_columns(view, first) + number * count for number, view in enumerate(views)])
     rows = torch.arange(itself.shape[0], device=itself.device)
     logits[rows, itself] = -math.inf
     positives[rows, itself] = False

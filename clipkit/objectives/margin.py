@@ -75,7 +75,7 @@ class Triplet(Margin):
             others,
             labels,
             self.margin,
-            dist.World.current().rank,
+            dist.first_row(anchors),
             dist.gather,
             dist.all_reduce_mean,
             miner=self.miner,
@@ -99,10 +99,10 @@ class PairMargin(Margin):
         anchors, others, labels = self.rows(e)
         if labels is None:
             labels = anchors.new_full((len(anchors),), -1).long()
-        rank = dist.World.current().rank
+        first = dist.first_row(anchors)
         matrix = distances(anchors, dist.gather(anchors if others is None else others), "euclidean")
-        similar = same_label(labels, rank, dist.gather)
+        similar = same_label(labels, first, dist.gather)
         keep = similar.new_ones(similar.shape)
         if others is None:
-            keep.diagonal(rank * len(anchors)).fill_(False)
+            keep.diagonal(first).fill_(False)
         return pair_margin_loss(matrix, similar, self.margin, dist.all_reduce_mean, keep=keep, balanced=True)

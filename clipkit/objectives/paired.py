@@ -35,9 +35,8 @@ SIGLIP_SCALE = Scale(math.log(10.0), -10.0)
 @torch.no_grad()
 def pair_accuracy(image: Tensor, text: Tensor) -> Tensor:
     """Returns the fraction of this rank's images whose nearest gathered text is their own, ()."""
-    rank = dist.World.current().rank
     nearest = (image @ dist.gather(text).T).argmax(dim=1)
-    return (nearest == own_columns(image, rank)).float().mean()
+    return (nearest == own_columns(image, dist.first_row(image))).float().mean()
 
 
 class Paired(Objective):
@@ -134,20 +133,20 @@ class Clip(Paired):
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered pairs, the in-batch accuracy, and what tells of hard negatives."""
         image, text, scale, _ = self.pair(e)
-        rank, accuracy = dist.World.current().rank, pair_accuracy(e.joint[self.image.name], text)
+        first, accuracy = dist.first_row(image), pair_accuracy(e.joint[self.image.name], text)
         if self.smoothing:
-            return {"loss": self._smoothed(image, text, scale, rank), "accuracy": accuracy}
+            return {"loss": self._smoothed(image, text, scale, first), "accuracy": accuracy}
         if self.graded is not None:
             member, temperature = self.graded
             vectors = normalize(e.stored[member], dim=-1)
             targets = graded_targets(vectors @ dist.gather(vectors).T, temperature)
             loss = soft_clip_loss(image, text, scale, targets, targets, dist.gather)
-            return {"loss": loss, "accuracy": accuracy, "own_target": own_target(targets, rank)}
+            return {"loss": loss, "accuracy": accuracy, "own_target": own_target(targets, first)}
         if self.weights is None and not self.hard:
-            return {"loss": clip_loss(image, text, scale, rank, dist.gather), "accuracy": accuracy}
+            return {"loss": clip_loss(image, text, scale, first, dist.gather), "accuracy": accuracy}
         hard, present = stacked(e, self.hard)
         found = hard_clip_loss(
-            image, text, scale, rank, dist.gather, hard=hard, present=present, **(self.weights or {})
+            image, text, scale, first, dist.gather, hard=hard, present=present, **(self.weights or {})
         )
         terms = {"loss": found.loss, "accuracy": accuracy}
         if self.weights is not None:
@@ -160,16 +159,16 @@ class Clip(Paired):
         """Returns log N, or None where hard negatives and captions change it."""
         return math.log(rows) if self.weights is None and not self.hard else None
 
-    def _smoothed(self, image: Tensor, text: Tensor, scale: Tensor, rank: int) -> Tensor:
-        count = image.shape[0] * dist.World.current().size
-        own = torch.nn.functional.one_hot(own_columns(image, rank), count).to(image.dtype)
+    def _smoothed(self, image: Tensor, text: Tensor, scale: Tensor, first: int) -> Tensor:
+        count = sum(dist.rows_of_ranks(image))
+        own = torch.nn.functional.one_hot(own_columns(image, first), count).to(image.dtype)
         targets = smoothed_targets(own, self.smoothing, image.dtype)
         return soft_clip_loss(image, text, scale, targets, targets, dist.gather)
 
 
-def own_target(targets: Tensor, rank: int) -> Tensor:
+def own_target(targets: Tensor, first: int) -> Tensor:
     """Returns the mean share of graded targets (B, N) that the own pair gets, (): 1 is one right answer."""
-    return targets.gather(1, own_columns(targets, rank)[:, None]).mean()
+    return targets.gather(1, own_columns(targets, first)[:, None]).mean()
 
 
 def hard_views(field: Any, num: Any) -> tuple[View, ...]:
@@ -230,8 +229,7 @@ class SigLip(Paired):
         """Returns the loss over gathered pairs and the in-batch accuracy."""
         image, text, scale, bias = self.pair(e)
         assert bias is not None, "the towers were built without the bias that siglip declares"
-        rank = dist.World.current().rank
-        loss = sigmoid_loss(image, text, scale, bias, rank, dist.gather)
+        loss = sigmoid_loss(image, text, scale, bias, dist.first_row(image), dist.gather)
         return {"loss": loss, "accuracy": pair_accuracy(image, text)}
 
 
@@ -261,8 +259,7 @@ class UniCl(Paired):
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered pairs and the in-batch accuracy."""
         image, text, scale, _ = self.pair(e)
-        rank = dist.World.current().rank
-        loss = unicl_loss(image, text, e.labels[self.label], scale, rank, dist.gather)
+        loss = unicl_loss(image, text, e.labels[self.label], scale, dist.first_row(image), dist.gather)
         return {"loss": loss, "accuracy": pair_accuracy(image, text)}
 
     def chance(self, rows: int) -> float | None:
@@ -293,7 +290,7 @@ class CyClip(Paired):
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss with its three parts, and the in-batch accuracy."""
         image, text, scale, _ = self.pair(e)
-        contrast = clip_loss(image, text, scale, dist.World.current().rank, dist.gather)
+        contrast = clip_loss(image, text, scale, dist.first_row(image), dist.gather)
         terms = cyclip_terms(image, text, dist.gather)
         loss = contrast + self.in_modal * terms.in_modal + self.cross_modal * terms.cross_modal
         return {

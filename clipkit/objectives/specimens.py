@@ -123,25 +123,29 @@ def loss_of(objective: Objective, leaves: Mapping[str, Tensor], progress: float 
     return score(objective, normalised(leaves), progress)
 
 
-def descend(objective: Objective, number: int, rank: int, world: int) -> dict[str, Tensor]:
+def descend(
+    objective: Objective, number: int, rank: int, world: int, shares: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
     """Takes one step of plain descent on rows of specimen `number`; returns its loss and gradients.
 
     The value is the mean over ranks; gradients of embeddings are those of the whole batch, as the gather
-    and DDP's mean give them.
+    and DDP's mean give them. shares: rows of every rank, () for equally many.
     """
-    share = ROWS // world
     whole = specimen(objective, number)
-    mine = {name: x[rank * share : (rank + 1) * share].clone() for name, x in whole.items()}
+    rows = shares or (ROWS // world,) * world
+    mine = {name: x.split(rows)[rank].clone() for name, x in whole.items()}
     for name, x in mine.items():
         x.requires_grad_(trained(name))
-    loss = loss_of(objective, mine, number / (2 * STEPS))
+    with dist.uneven(shares):
+        loss = dist.row_weight() * loss_of(objective, mine, number / (2 * STEPS))
     if loss.requires_grad:
         loss.backward()
     found = {"loss": dist.all_reduce_mean(loss.detach())}
     for name, x in mine.items():
         if trained(name):
             gradient = torch.zeros_like(x) if x.grad is None else x.grad
-            found[name] = dist.gather(gradient) / world
+            with dist.uneven(shares):
+                found[name] = dist.gather(gradient) / world
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             if parameter.grad is not None:

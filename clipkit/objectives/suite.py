@@ -42,6 +42,7 @@ from clipkit.objectives.specimens import (
 from clipkit.types import ConfigError
 
 TOLERANCE = 1e-10
+UNEVEN = (3, 3, 6)  # rows of each of three ranks, as `data.uneven` shares out four lanes
 PIECE = 5  # leaves a last micro-batch of another size
 INDIFFERENT = "the loss has no gradient with respect to any embedding"
 
@@ -56,18 +57,24 @@ class Finding:
 
 
 def steps(
-    rank: int, world: int, maker: Maker, numbers: range = range(STEPS), start: dict[str, Tensor] | None = None
+    rank: int,
+    world: int,
+    maker: Maker,
+    numbers: range = range(STEPS),
+    start: dict[str, Tensor] | None = None,
+    shares: tuple[int, ...] = (),
 ) -> dict[str, Tensor]:
     """Returns losses, gradients and final state of some steps of plain descent on `world` ranks.
 
-    `start` is a state to begin from.
+    start: a state to begin from. shares: rows of every rank, () for equally many.
     """
     objective = make(maker)
     if start is not None:
         objective.load_state_dict(start)
     found: dict[str, Tensor] = {}
     for number in numbers:
-        found |= {f"{number}.{name}": x for name, x in descend(objective, number, rank, world).items()}
+        taken = descend(objective, number, rank, world, shares)
+        found |= {f"{number}.{name}": x for name, x in taken.items()}
     for name, x in objective.state_dict().items():
         found[f"state.{name}"] = x.clone()
     return found
@@ -242,15 +249,19 @@ def check_state(maker: Maker) -> Finding:
     return Finding("saved state continues bit for bit", not different, detail)
 
 
-def check_ranks(maker: Maker, world: int, run: Callable[..., list[dict[str, Tensor]]]) -> Finding:
+def check_ranks(
+    maker: Maker, world: int, run: Callable[..., list[dict[str, Tensor]]], shares: tuple[int, ...] = ()
+) -> Finding:
     """Values, gradients and state on `world` ranks equal those of one process with the whole batch.
 
-    run(world, function, *arguments) returns function(rank, world, *arguments) of every rank.
+    run(world, function, *arguments) returns function(rank, world, *arguments) of every rank. shares: rows of
+    every rank, () for equally many.
     """
     expected = steps(0, 1, maker)
-    found = run(world, steps, maker)
+    found = run(world, steps, maker, range(STEPS), None, shares)
     error, where = max(difference(part, expected) for part in found)
-    return Finding(f"{world} ranks = one process", error < TOLERANCE, f"{error:.1e} {where}")
+    kind = "uneven ranks" if shares else "ranks"
+    return Finding(f"{world} {kind} = one process", error < TOLERANCE, f"{error:.1e} {where}")
 
 
 CHECKS = (check_value, check_gradient, check_permutation, check_caching, check_state)
@@ -263,7 +274,9 @@ def check_all(maker: Maker, run: Callable[..., list[dict[str, Tensor]]] | None =
     """
     maker()
     findings = [guarded(check, maker) for check in CHECKS]
-    return findings + [guarded(check_ranks, maker, world, run or spawn) for world in (2, 3)]
+    # Three with unequal shares alone: who passes that passes with equal ones.
+    findings.append(guarded(check_ranks, maker, 2, run or spawn))
+    return [*findings, guarded(check_ranks, maker, len(UNEVEN), run or spawn, UNEVEN)]
 
 
 def guarded(check: Callable[..., Finding], maker: Maker, *arguments: Any) -> Finding:

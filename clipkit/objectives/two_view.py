@@ -78,7 +78,7 @@ def watched(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     spread    about 1 on a sphere, 0 when all rows are equal
     """
     nearest = (normalize(a, dim=-1) @ normalize(dist.gather(b), dim=-1).T).argmax(dim=1)
-    accuracy = (nearest == own_columns(a, dist.World.current().rank)).to(a.dtype).mean()
+    accuracy = (nearest == own_columns(a, dist.first_row(a))).to(a.dtype).mean()
     return {"accuracy": accuracy, "spread": spread(a)}
 
 
@@ -127,11 +127,11 @@ class SimClr(TwoView):
         kind = self.kind
         if kind == "cosine":
             a, b, kind = normalize(a, dim=-1), normalize(b, dim=-1), "dot"
-        rank, scale = dist.World.current().rank, self.scale_of_logits
+        first, scale = dist.first_row(a), self.scale_of_logits
         terms = watched(a, b)
         if self.weights is None:
-            return {"loss": nt_xent_loss(a, b, scale, rank, dist.gather, kind), **terms}
-        found = hcl_loss(a, b, scale, rank, dist.gather, **self.weights)
+            return {"loss": nt_xent_loss(a, b, scale, first, dist.gather, kind), **terms}
+        found = hcl_loss(a, b, scale, first, dist.gather, **self.weights)
         return {**weighted_terms(found), **terms}
 
     def chance(self, rows: int) -> float | None:
@@ -170,11 +170,11 @@ class Dcl(TwoView):
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered views, which may be negative, and the accuracy."""
         a, b = (normalize(x, dim=-1) for x in self.projected(e))
-        rank, scale = dist.World.current().rank, self.scale_of_logits
+        first, scale = dist.first_row(a), self.scale_of_logits
         if self.weights is None:
-            loss = dcl_loss(a, b, scale, rank, dist.gather, sigma=self.sigma)
+            loss = dcl_loss(a, b, scale, first, dist.gather, sigma=self.sigma)
             return {"loss": loss, **watched(a, b)}
-        found = hcl_loss(a, b, scale, rank, dist.gather, form="decoupled", **self.weights)
+        found = hcl_loss(a, b, scale, first, dist.gather, form="decoupled", **self.weights)
         return {**weighted_terms(found), **watched(a, b)}
 
     def chance(self, rows: int) -> float | None:
@@ -234,21 +234,21 @@ class InfoNce(TwoView):
         kind = self.kind
         if kind == "cosine":
             a, b, kind = normalize(a, dim=-1), normalize(b, dim=-1), "dot"
-        rank, scale = dist.World.current().rank, self.scale_of_logits
+        first, scale = dist.first_row(a), self.scale_of_logits
         if self.weights is not None:
             return self._weighted(a, b)
         hard, present = stacked(e, self.hard)
         if hard is not None:
-            loss = hard_info_nce(a, b, hard, scale, rank, dist.gather, present=present, own_bonus=self.bonus)
+            loss = hard_info_nce(a, b, hard, scale, first, dist.gather, present=present, own_bonus=self.bonus)
         else:
-            loss = info_nce(a, dist.gather(b), scale, own_columns(a, rank), kind)
+            loss = info_nce(a, dist.gather(b), scale, own_columns(a, first), kind)
         if self.symmetric:
-            loss = (loss + info_nce(b, dist.gather(a), scale, own_columns(a, rank), kind)) / 2
+            loss = (loss + info_nce(b, dist.gather(a), scale, own_columns(a, first), kind)) / 2
         return {"loss": loss, **watched(a, b)}
 
     def _weighted(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         positives, scale, weights = (
-            own_columns(a, dist.World.current().rank),
+            own_columns(a, dist.first_row(a)),
             self.scale_of_logits,
             self.weights,
         )
@@ -289,9 +289,9 @@ class SupCon(TwoView):
     def forward(self, e: Embeddings) -> dict[str, Tensor]:
         """Returns the loss over gathered views, and the accuracy of finding the own other view."""
         a, b = (normalize(x, dim=-1) for x in self.projected(e))
-        rank, labels = dist.World.current().rank, e.labels[self.label]
+        first, labels = dist.first_row(a), e.labels[self.label]
         loss = supcon_loss(
-            a, b, labels, self.scale_of_logits, rank, dist.gather, dist.all_reduce_mean, form=self.form
+            a, b, labels, self.scale_of_logits, first, dist.gather, dist.all_reduce_mean, form=self.form
         )
         return {"loss": loss, **watched(a, b)}
 

@@ -88,15 +88,7 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: 
         if found is not None:
             log.note(f"continuing {found.path} at step {state.step} of {run.total_steps}")
             log.note(guarantee(run, found))
-            if run.stream.changed is not None:
-                log.append(
-                    {
-                        "event": "data_changed",
-                        "step": state.step,
-                        "resume_data": run.config.run.resume_data,
-                        "cause": run.stream.changed,
-                    }
-                )
+            _record_changes(log, run, found, state)
         with StopSignals() as signals, heartbeat:
             loop = Loop(run, state, store, budget, log, signals, heartbeat)
             if kept is not None:
@@ -116,6 +108,18 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: 
         "metrics": loop.metrics,
         "export": str(exported),
     }
+
+
+def _record_changes(log: RunLog, run: Run, found: Checkpoint, state: TrainState) -> None:
+    """Writes into metrics.jsonl what differs from the run that wrote the checkpoint."""
+    if run.stream.changed is not None:
+        way = run.config.run.resume_data
+        log.append(
+            {"event": "data_changed", "step": state.step, "resume_data": way, "cause": run.stream.changed}
+        )
+    if found.world_size != run.world.size:
+        sizes = {"from": found.world_size, "to": run.world.size, "rows": list(run.stream.shares)}
+        log.append({"event": "processes", "step": state.step, **sizes, "holds": guarantee(run, found)})
 
 
 def export_final(run: Run) -> Path:

@@ -30,7 +30,7 @@ def describe(run: Run) -> list[str]:
         f"data: {stream.summary()}",
         f"length: {run.total_steps:,} steps of {config.data.batch_size} samples{micro}, "
         f"warm-up {run.warmup_steps}, lr {max(g['peak_lr'] for g in run.optimizer.param_groups):g}",
-        f"can continue exactly on {', '.join(map(str, stream.world_sizes()))} process(es)",
+        f"can continue on these numbers of processes: {stream.describe_worlds()}",
     ]
     return lines + [f"note: {note}" for note in run.notes]
 

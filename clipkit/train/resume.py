@@ -131,6 +131,10 @@ def continue_rng(run: Run, found: Checkpoint | None) -> None:
         restore_rng(states)
 
 
+def _shares(run: Run) -> str:
+    return f" of {min(run.stream.shares)} to {max(run.stream.shares)} rows" if run.stream.shares else ""
+
+
 def guarantee(run: Run, found: Checkpoint) -> str:
     """Returns what holds of a run that continues: exact to the last bit, up to rounding, or neither."""
     if not run.stream.exact:
@@ -146,8 +150,8 @@ def guarantee(run: Run, found: Checkpoint) -> str:
     same = "same samples, order and augmentations"
     if found.world_size != run.world.size:
         return (
-            f"{found.world_size} -> {run.world.size} process(es): {same}; losses equal up to floating-point "
-            "order, dropout drawn anew"
+            f"{found.world_size} -> {run.world.size} process(es){_shares(run)}: {same}; losses equal up to "
+            "floating-point order, dropout drawn anew"
         )
     if found.sharded != isinstance(run.bare, FSDPModule):
         return f"run.sharding changed: {same} and random states; losses equal up to floating-point order"

@@ -24,6 +24,7 @@ from clipkit.config import Config, check_schedule, parse_interval
 from clipkit.data.continuing import open_continued
 from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
+from clipkit.data.order import check_shares
 from clipkit.dist import World
 from clipkit.learner import Learner, freeze_unused, needs_of
 from clipkit.models.ema import WeightEMA
@@ -171,6 +172,7 @@ def open_stream(
         seed=config.run.seed,
         workers=data.workers,
         lanes=data.lanes,
+        uneven=data.uneven,
         window_bytes=data.window_bytes,
         max_pixels=data.max_pixels,
         max_reject_fraction=data.max_reject_fraction,
@@ -235,18 +237,21 @@ def wants_ema(config: Config, pairs: int) -> float | None:
     return float(wanted)
 
 
-def check_world(config: Config, world: World) -> None:
-    """Raises ConfigError when the ranks are not the ones the configuration counts on."""
+def check_world(config: Config, world: World, saved: dict[str, Any] | None = None) -> None:
+    """Raises ConfigError when the ranks are not the ones the configuration or the `saved` data count on."""
     if config.run.world_size is not None and config.run.world_size != world.size:
         raise ConfigError(
             f"run.world_size asks for {config.run.world_size} processes, {world.size} are running",
             f"start with `torchrun --nproc_per_node {config.run.world_size} -m clipkit pretrain ...`",
         )
-    if config.data.batch_size % world.size:
-        raise ConfigError(
-            f"data.batch_size {config.data.batch_size} is not a multiple of {world.size} processes",
-            f"use a multiple of {world.size}; batch_size counts the samples of all processes together",
-        )
+    rows, lanes = config.data.batch_size, config.data.lanes
+    # Where the order may begin again its lanes may too; they are checked when it does.
+    if saved is not None and config.run.resume_data == "exact":
+        lanes = saved.get("lanes") or lanes
+    if lanes:
+        check_shares(world.size, lanes, f"the number of lanes, {lanes},", config.data.uneven)
+    else:
+        check_shares(world.size, rows, f"data.batch_size={rows} (all processes)", config.data.uneven)
 
 
 def prepare(
@@ -254,7 +259,7 @@ def prepare(
 ) -> Run:
     """Returns a run that is ready for its first step; `saved` is the data position it will continue from."""
     world = World.current()
-    check_world(config, world)
+    check_world(config, world, saved)
     seed_everything(config.run.seed)
     towers, objectives = build_towers(config)
     needs = needs_of(part for part, _ in objectives.values())
@@ -273,6 +278,9 @@ def prepare(
     trial = fake_batch(learner, views, stream.stored_widths).to(accelerator.device)
     unused = freeze_unused(learner, trial)
     notes = [*towers.notes, *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers))]
+    if stream.shares:
+        few, many = min(stream.shares), max(stream.shares)
+        notes.append(f"processes hold {few} to {many} rows of a batch, and their losses count by them")
     notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
     if unused:
         whole = shortened(unused, [name for name, _ in learner.named_parameters()])

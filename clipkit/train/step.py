@@ -45,7 +45,14 @@ def full_backward(
     learner: nn.Module, accelerator: Accelerator, batch: Batch, progress: float, inspect: bool = False
 ) -> dict[str, Tensor]:
     """Fills the gradients from one forward of the whole batch; returns the terms."""
-    outputs = learner("full", **inputs_of(batch), extras=extras_of(batch), progress=progress, inspect=inspect)
+    outputs = learner(
+        "full",
+        **inputs_of(batch),
+        extras=extras_of(batch),
+        progress=progress,
+        inspect=inspect,
+        shares=batch.shares,
+    )
     accelerator.backward(outputs["loss"])
     return outputs
 
@@ -62,8 +69,9 @@ def cached_backward(
 
     Random states are replayed, so dropout draws the same masks in both passes. Every backward but the
     last runs under no_sync; the last one reduces what all of them accumulated, which needs
-    `find_unused_parameters=True` (temperature and heads got their gradient before it). A sharded learner has
-    no no_sync: every backward reduces what it adds, so that no rank ever holds all gradients.
+    `find_unused_parameters=True` (temperature and heads got their gradient before it). Ranks may differ in
+    the number of pieces: no collective runs in a piece but the last. A sharded learner has no no_sync: every
+    backward reduces what it adds, so that no rank ever holds all gradients, and all have equally many pieces.
     """
     pieces = [batch.rows(start, start + micro_batch) for start in range(0, len(batch), micro_batch)]
     states, embedded = [], []
@@ -80,7 +88,12 @@ def cached_backward(
     # On towers that stand still no backward follows which would reduce the gradients of the heads.
     with accelerator.no_sync(learner) if moving else nullcontext():
         outputs = learner(
-            "score", embeddings=leaves, extras=extras_of(batch), progress=progress, inspect=inspect
+            "score",
+            embeddings=leaves,
+            extras=extras_of(batch),
+            progress=progress,
+            inspect=inspect,
+            shares=batch.shares,
         )
         accelerator.backward(outputs["loss"])
     if not moving:
@@ -126,7 +139,8 @@ def step(
     """
     statistics = running_statistics(learner)
     before = [buffer.clone() for buffer in statistics]
-    if micro_batch is not None and micro_batch < len(batch):
+    # One way for all ranks, also where only the largest needs pieces: collectives come in other orders.
+    if micro_batch is not None and micro_batch < max(batch.shares, default=len(batch)):
         outputs = cached_backward(learner, accelerator, batch, progress, micro_batch, inspect)
     else:
         outputs = full_backward(learner, accelerator, batch, progress, inspect)

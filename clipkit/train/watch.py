@@ -131,7 +131,9 @@ class Watch:
             if pair.text not in counted:
                 hashes = text_hashes(batch.texts[pair.text], self.learner.towers.tokenizer.pad_id)
                 # Hashed where the batch lies, gathered where the group of ranks can.
-                counted[pair.text] = diagnostics.duplicate_share(gather_rows(hashes.to(device)).cpu())
+                with dist.uneven(batch.shares):
+                    everyone = gather_rows(hashes.to(device)).cpu()
+                counted[pair.text] = diagnostics.duplicate_share(everyone)
                 values[f"duplicate_captions{suffix}"] = counted[pair.text]
             share = counted[pair.text]
             if pair.repels and share > DUPLICATES:

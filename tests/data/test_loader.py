@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from clipkit.data.loader import CaptionField, LoaderOptions, RejectBudget, Source, open_train
-from clipkit.data.ranges import divisors
+from clipkit.data.order import divisors
 from clipkit.data.views import ImageView
 from clipkit.dist import World
 from clipkit.types import ConfigError, DataError, Reject
@@ -51,6 +51,21 @@ def test_every_world_builds_the_same_batches(uneven: Path, batch_size: int) -> N
     for batch in reference:
         assert [int(key) for key in batch.keys] == batch.ids.tolist()
         assert len(batch) == batch_size
+
+
+@pytest.mark.parametrize(("lanes", "size", "workers"), [(None, 5, 0), (4, 3, 2)])
+def test_uneven_ranks_build_the_same_batches(
+    uneven: Path, lanes: int | None, size: int, workers: int
+) -> None:
+    reference = take(stream(uneven, 12, lanes=lanes), 0, 10)
+    state = stream(uneven, 12, lanes=lanes).state(0)
+    found = global_run(uneven, 12, size, 0, len(reference), uneven=True, saved=state, workers=workers)
+    assert same([replace(batch, shares=()) for batch in found], reference)
+    (alone,) = take(stream(uneven, 12, World(size - 1, size), uneven=True, lanes=lanes), 0, 1)
+    assert len(alone.shares) == size
+    assert sum(alone.shares) == 12
+    assert alone.shares[-1] == len(alone)
+    assert alone.rows(0, 1).shares == ()
 
 
 def test_rows_are_the_samples_they_claim(uneven: Path) -> None:

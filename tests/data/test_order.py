@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit.data.order import Order, default_chunks, default_lanes, hash_key, permutation
-from clipkit.data.ranges import RowRanges, divisors
+from clipkit.data.order import Order, default_chunks, default_lanes, divisors, hash_key, permutation
+from clipkit.data.ranges import RowRanges
 from clipkit.dist import World
 from clipkit.types import ConfigError
 
@@ -122,6 +122,51 @@ def test_every_world_and_worker_count_shares_the_same_rows() -> None:
                     assert (cuts[0][0], cuts[-1][1]) == ends[rank]
                     assert all(a < b for a, b in cuts)
                     assert all(a[1] == b[0] for a, b in pairwise(cuts))
+
+
+@pytest.mark.parametrize(("batch_size", "lanes", "size"), [(32768, 1024, 56), (1024, 1024, 56), (8, 8, 3)])
+def test_uneven_ranks_own_every_lane_once(batch_size: int, lanes: int, size: int) -> None:
+    """Lanes in order, floor or ceil of L / W to a rank; rows that add up to the batch; W = 1's order."""
+    quota = batch_size // lanes
+    ranges = [RowRanges(batch_size, lanes, World(rank, size), 4, uneven=True) for rank in range(size)]
+    owned = [each.of_rank() for each in ranges]
+    assert all(first % quota == end % quota == 0 for first, end in owned)
+    lanes_of = [(first // quota, end // quota) for first, end in owned]
+    assert [lane for first, end in lanes_of for lane in range(first, end)] == list(range(lanes))
+    assert {end - first for first, end in lanes_of} == {lanes // size, lanes // size + 1}
+    assert {each.shares for each in ranges} == {tuple(end - first for first, end in owned)}
+    assert sum(ranges[0].shares) == batch_size
+    order = Order(np.full(7, batch_size), batch_size, lanes, *default_chunks(7 * batch_size, lanes, 19), 3)
+    whole = order.epoch(0).batch(2)
+    parts = []
+    for first, end in lanes_of:
+        held = order.epoch(0, (first, end))
+        for lane in range(first, end):
+            position = 2 * quota
+            while position < 3 * quota:
+                window = held.window_at(lane, position)
+                stop = min(3 * quota, window.start + len(window.ids))
+                parts.append(window.ids[position - window.start : stop - window.start])
+                position = stop
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_lanes_of_uneven_worlds() -> None:
+    """Every W <= B has lanes for all its ranks; where W divides B they are those of even ranks."""
+    for batch_size in (1, 7, 512, 1009, 1536):
+        for size in {1, 2, 3, 5, 56, batch_size}:
+            if size > batch_size:
+                with pytest.raises(ConfigError, match=f"multiple of the {size} processes"):
+                    default_lanes(batch_size, size, uneven=True)
+                continue
+            lanes = default_lanes(batch_size, size, uneven=True)
+            assert batch_size % lanes == 0
+            assert lanes >= size
+            if batch_size % size == 0:
+                assert lanes == default_lanes(batch_size, size)
+            else:
+                with pytest.raises(ConfigError, match=f"data.uneven=true takes any up to {batch_size}"):
+                    default_lanes(batch_size, size)
 
 
 @settings(max_examples=150, deadline=None)

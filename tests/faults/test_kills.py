@@ -106,8 +106,12 @@ def test_f04_a_world_that_does_not_divide_the_lanes_is_refused(uneven: Path) -> 
     state = stream(uneven, 12, lanes=4).state(0)
     later = stream(uneven, 12, World(1, 2), saved=state)
     assert later.state(0)["lanes"] == 4
-    with pytest.raises(ConfigError, match="1, 2, 4"):
+    with pytest.raises(ConfigError, match=r"1, 2, 4; data.uneven=true takes any up to 4"):
         stream(uneven, 12, World(0, 3), saved=state)
+    assert stream(uneven, 12, World(0, 3), saved=state, uneven=True).state(0)["lanes"] == 4
+    with pytest.raises(ConfigError, match="lanes, 4, is not a multiple of the 5 processes"):
+        stream(uneven, 12, World(0, 5), saved=state, uneven=True)
+    assert state["processes"] == "1, 2, 4; with data.uneven=true any number up to 4"
 
 
 # Two kills in the first epoch (of 8 steps), on its last batch, which a checkpoint follows, and on the

@@ -82,7 +82,7 @@ VIEWS = {"a": A, "b": B}
 LABELLED = {**VIEWS, "labels": LABELS}
 
 
-def _soft_clip(r: Rows, rank: int, gather: Collective, reduce: Collective) -> Tensor:
+def _soft_clip(r: Rows, first: int, gather: Collective, reduce: Collective) -> Tensor:
     targets = graded_targets(similarity(r["c"], gather(r["c"])), 0.2)
     # Rows of zeros, unevenly over ranks, are left out.
     targets = targets * (r["labels"] != 3)[:, None]
@@ -90,9 +90,9 @@ def _soft_clip(r: Rows, rank: int, gather: Collective, reduce: Collective) -> Te
 
 
 def _kernel(form: Form) -> Loss:
-    def loss(r: Rows, rank: int, gather: Collective, reduce: Collective) -> Tensor:
+    def loss(r: Rows, first: int, gather: Collective, reduce: Collective) -> Tensor:
         logits = scaled_similarity(r["a"], gather(r["b"]), 4.0)
-        positives = same_label(r["labels"], rank, gather)
+        positives = same_label(r["labels"], first, gather)
         keep = (r["labels"][:, None] + gather(r["labels"])) % 5 > 0
         weights = gather(r["labels"]).to(logits.dtype) / 9 * ~positives
         return contrastive_loss(logits, positives, keep=keep, log_weights=weights, form=form, reduce=reduce)
@@ -105,22 +105,22 @@ def _sampled(r: Rows) -> tuple[Tensor, Tensor]:
     return 3 * (r["a"] * r["b"]).sum(1), 3 * torch.einsum("bd,bmd->bm", r["a"], r["hard"])
 
 
-def _nce(r: Rows, rank: int, gather: Collective, reduce: Collective) -> Tensor:
+def _nce(r: Rows, first: int, gather: Collective, reduce: Collective) -> Tensor:
     return nce_loss(*_sampled(r), r["noise"][:, 0], r["noise"][:, 1:])
 
 
 def _triplets(miner: Miner, average: Average) -> Loss:
-    def loss(r: Rows, rank: int, gather: Collective, reduce: Collective) -> Tensor:
+    def loss(r: Rows, first: int, gather: Collective, reduce: Collective) -> Tensor:
         return triplet_loss(
-            r["a"], r["b"], r["labels"], 0.3, rank, gather, reduce, miner=miner, average=average
+            r["a"], r["b"], r["labels"], 0.3, first, gather, reduce, miner=miner, average=average
         )
 
     return loss
 
 
 def _one_view(distance: Distance) -> Loss:
-    def loss(r: Rows, rank: int, gather: Collective, reduce: Collective) -> Tensor:
-        return triplet_loss(r["a"], None, r["labels"], 0.3, rank, gather, reduce, distance=distance)
+    def loss(r: Rows, first: int, gather: Collective, reduce: Collective) -> Tensor:
+        return triplet_loss(r["a"], None, r["labels"], 0.3, first, gather, reduce, distance=distance)
 
     return loss
 
@@ -140,52 +140,54 @@ CASES = [
     Case(
         "info_nce",
         VIEWS,
-        lambda r, rank, g, m: info_nce(r["a"], g(r["b"]), 4.0, own_columns(r["a"], rank)),
+        lambda r, first, g, m: info_nce(r["a"], g(r["b"]), 4.0, own_columns(r["a"], first)),
         swaps=False,
     ),
-    Case("clip", VIEWS, lambda r, rank, g, m: clip_loss(r["a"], r["b"], 4.0, rank, g)),
+    Case("clip", VIEWS, lambda r, first, g, m: clip_loss(r["a"], r["b"], 4.0, first, g)),
     Case(
         "clip_euclidean",
         {"a": A * SCALES, "b": B / SCALES},
-        lambda r, rank, g, m: clip_loss(r["a"], r["b"], 4.0, rank, g, "negative_euclidean"),
+        lambda r, first, g, m: clip_loss(r["a"], r["b"], 4.0, first, g, "negative_euclidean"),
     ),
     Case(
         "clip_squared",
         {"a": A * SCALES, "b": B / SCALES},
-        lambda r, rank, g, m: clip_loss(r["a"], r["b"], 4.0, rank, g, "negative_squared_euclidean"),
+        lambda r, first, g, m: clip_loss(r["a"], r["b"], 4.0, first, g, "negative_squared_euclidean"),
     ),
     Case(
         "clip_cosine",
         {"a": A * SCALES, "b": B / SCALES},
-        lambda r, rank, g, m: clip_loss(r["a"], r["b"], 4.0, rank, g, "cosine"),
+        lambda r, first, g, m: clip_loss(r["a"], r["b"], 4.0, first, g, "cosine"),
         positive_scaling=True,
     ),
     Case("soft_clip", {**LABELLED, "c": unit_rows(N, D, 3)}, _soft_clip),
-    Case("unicl", LABELLED, lambda r, rank, g, m: unicl_loss(r["a"], r["b"], r["labels"], 4.0, rank, g)),
+    Case("unicl", LABELLED, lambda r, first, g, m: unicl_loss(r["a"], r["b"], r["labels"], 4.0, first, g)),
     Case("kernel_out", LABELLED, _kernel("out"), swaps=False),
     Case("kernel_in", LABELLED, _kernel("in"), swaps=False),
     Case("kernel_decoupled", LABELLED, _kernel("decoupled"), swaps=False),
-    Case("nt_xent", VIEWS, lambda r, rank, g, m: nt_xent_loss(r["a"], r["b"], 4.0, rank, g)),
-    Case("dcl", VIEWS, lambda r, rank, g, m: dcl_loss(r["a"], r["b"], 4.0, rank, g)),
-    Case("dclw", VIEWS, lambda r, rank, g, m: dcl_loss(r["a"], r["b"], 4.0, rank, g, sigma=0.5), smooth=()),
-    Case("infoloob", VIEWS, lambda r, rank, g, m: dcl_loss(r["a"], r["b"], 4.0, rank, g, within=False)),
-    Case("supcon", LABELLED, lambda r, rank, g, m: supcon_loss(r["a"], r["b"], r["labels"], 4.0, rank, g, m)),
+    Case("nt_xent", VIEWS, lambda r, first, g, m: nt_xent_loss(r["a"], r["b"], 4.0, first, g)),
+    Case("dcl", VIEWS, lambda r, first, g, m: dcl_loss(r["a"], r["b"], 4.0, first, g)),
+    Case("dclw", VIEWS, lambda r, first, g, m: dcl_loss(r["a"], r["b"], 4.0, first, g, sigma=0.5), smooth=()),
+    Case("infoloob", VIEWS, lambda r, first, g, m: dcl_loss(r["a"], r["b"], 4.0, first, g, within=False)),
+    Case(
+        "supcon", LABELLED, lambda r, first, g, m: supcon_loss(r["a"], r["b"], r["labels"], 4.0, first, g, m)
+    ),
     Case(
         "supcon_in",
         LABELLED,
-        lambda r, rank, g, m: supcon_loss(r["a"], r["b"], r["labels"], 4.0, rank, g, m, form="in"),
+        lambda r, first, g, m: supcon_loss(r["a"], r["b"], r["labels"], 4.0, first, g, m, form="in"),
     ),
     Case(
         "supcon_one_view",
         LABELLED,
-        lambda r, rank, g, m: supcon_loss(r["a"], None, r["labels"], 4.0, rank, g, m),
+        lambda r, first, g, m: supcon_loss(r["a"], None, r["labels"], 4.0, first, g, m),
         smooth=("a",),
         swaps=False,
     ),
     Case(
         "moco",
         VIEWS,
-        lambda r, rank, g, m: moco_loss(r["a"], r["b"], QUEUE.to(r["a"]), 4.0, 7),
+        lambda r, first, g, m: moco_loss(r["a"], r["b"], QUEUE.to(r["a"]), 4.0, 7),
         ("a",),
         rotates=False,
         swaps=False,
@@ -193,19 +195,19 @@ CASES = [
     Case(
         "hcl",
         VIEWS,
-        lambda r, rank, g, m: hcl_loss(r["a"], r["b"], 2.0, rank, g, beta=0.7, tau_plus=0.1).loss,
+        lambda r, first, g, m: hcl_loss(r["a"], r["b"], 2.0, first, g, beta=0.7, tau_plus=0.1).loss,
     ),
     Case(
         "hcl_detached",
         VIEWS,
-        lambda r, rank, g, m: hcl_loss(r["a"], r["b"], 2.0, rank, g, detach=True).loss,
+        lambda r, first, g, m: hcl_loss(r["a"], r["b"], 2.0, first, g, detach=True).loss,
         smooth=(),
     ),
     Case(
         "hard_captions",
         {**VIEWS, "hard": HARD, "present": PRESENT},
-        lambda r, rank, g, m: (
-            hard_clip_loss(r["a"], r["b"], 4.0, rank, g, hard=r["hard"], present=r["present"]).loss
+        lambda r, first, g, m: (
+            hard_clip_loss(r["a"], r["b"], 4.0, first, g, hard=r["hard"], present=r["present"]).loss
         ),
         smooth=("a", "b", "hard"),
         swaps=False,
@@ -213,9 +215,9 @@ CASES = [
     Case(
         "hard_captions_weighed",
         {**VIEWS, "hard": HARD, "present": PRESENT},
-        lambda r, rank, g, m: (
+        lambda r, first, g, m: (
             hard_clip_loss(
-                r["a"], r["b"], 2.0, rank, g, hard=r["hard"], present=r["present"], beta=0.5, tau_plus=0.05
+                r["a"], r["b"], 2.0, first, g, hard=r["hard"], present=r["present"], beta=0.5, tau_plus=0.05
             ).loss
         ),
         smooth=("a", "b", "hard"),
@@ -224,8 +226,8 @@ CASES = [
     Case(
         "hard_info_nce",
         {**VIEWS, "hard": HARD, "present": PRESENT},
-        lambda r, rank, g, m: hard_info_nce(
-            r["a"], r["b"], r["hard"], 4.0, rank, g, present=r["present"], own_bonus=0.5
+        lambda r, first, g, m: hard_info_nce(
+            r["a"], r["b"], r["hard"], 4.0, first, g, present=r["present"], own_bonus=0.5
         ),
         smooth=("a", "b", "hard"),
         swaps=False,
@@ -233,12 +235,12 @@ CASES = [
     Case(
         "sigmoid",
         VIEWS,
-        lambda r, rank, g, m: sigmoid_loss(r["a"], r["b"], 4.0, -2.0, rank, g),
+        lambda r, first, g, m: sigmoid_loss(r["a"], r["b"], 4.0, -2.0, first, g),
     ),
     Case(
         "sgns",
         {**VIEWS, "hard": HARD},
-        lambda r, rank, g, m: sgns_loss(*_sampled(r)),
+        lambda r, first, g, m: sgns_loss(*_sampled(r)),
         smooth=("a", "b", "hard"),
         swaps=False,
     ),
@@ -253,16 +255,16 @@ CASES = [
     Case(
         "pair_margin",
         LABELLED,
-        lambda r, rank, g, m: pair_margin_loss(
+        lambda r, first, g, m: pair_margin_loss(
             row_distances(r["a"], r["b"]), r["labels"] == 3, 1.5, m, keep=r["labels"] != 8
         ),
     ),
     Case(
         "pair_margin_matrix",
         LABELLED,
-        lambda r, rank, g, m: pair_margin_loss(
+        lambda r, first, g, m: pair_margin_loss(
             distances(r["a"], g(r["b"]), "euclidean"),
-            same_label(r["labels"], rank, g),
+            same_label(r["labels"], first, g),
             1.5,
             m,
             balanced=True,
@@ -285,13 +287,13 @@ CASES = [
     Case(
         "barlow_twins",
         {"a": 3 * A + 1, "b": B},
-        lambda r, rank, g, m: barlow_twins_loss(r["a"], r["b"], m, off_diagonal=0.2),
+        lambda r, first, g, m: barlow_twins_loss(r["a"], r["b"], m, off_diagonal=0.2),
         rotates=False,
     ),
     Case(
         "swav",
         {**VIEWS, "c": unit_rows(N, D, 3), "queued": unit_rows(N, D, 4)},
-        lambda r, rank, g, m: swav_loss(
+        lambda r, first, g, m: swav_loss(
             [r[name] @ PROTOTYPES.to(r["a"]).T for name in "abc"],
             m,
             extra=[r["queued"] @ PROTOTYPES.to(r["a"]).T] * 2,
@@ -302,7 +304,7 @@ CASES = [
     Case(
         "proto_nce",
         {"a": A, "labels": LABELS.clamp_min(0) % 8},
-        lambda r, rank, g, m: proto_nce_loss(
+        lambda r, first, g, m: proto_nce_loss(
             r["a"],
             [PROTOTYPES.to(r["a"]), PROTOTYPES.to(r["a"]).flip(0)],
             [r["labels"], r["labels"]],
@@ -315,31 +317,31 @@ CASES = [
     Case(
         "byol",
         {"a": A * SCALES, "b": B, "c": unit_rows(N, D, 3), "d": unit_rows(N, D, 4) * SCALES},
-        lambda r, rank, g, m: byol_loss(r["a"], r["b"], r["c"], r["d"]),
+        lambda r, first, g, m: byol_loss(r["a"], r["b"], r["c"], r["d"]),
         swaps=False,
         positive_scaling=True,
     ),
     Case(
         "simsiam",
         {"a": A * SCALES, "b": B, "c": unit_rows(N, D, 3), "d": unit_rows(N, D, 4) * SCALES},
-        lambda r, rank, g, m: simsiam_loss(r["a"], r["b"], r["c"], r["d"]),
+        lambda r, first, g, m: simsiam_loss(r["a"], r["b"], r["c"], r["d"]),
         swaps=False,
         positive_scaling=True,
     ),
     Case(
         "feature_distillation",
         VIEWS,
-        lambda r, rank, g, m: feature_distillation_loss(r["a"], r["b"]),
+        lambda r, first, g, m: feature_distillation_loss(r["a"], r["b"]),
         smooth=("a",),
     ),
     Case(
         "distillation",
         TAUGHT,
-        lambda r, rank, g, m: distillation_loss(r["a"], r["b"], 4.0, _teachers(r), g),
+        lambda r, first, g, m: distillation_loss(r["a"], r["b"], 4.0, _teachers(r), g),
         swaps=False,
     ),
-    Case("cyclip_in", VIEWS, lambda r, rank, g, m: cyclip_terms(r["a"], r["b"], g).in_modal),
-    Case("cyclip_cross", VIEWS, lambda r, rank, g, m: cyclip_terms(r["a"], r["b"], g).cross_modal),
-    Case("alignment", VIEWS, lambda r, rank, g, m: alignment(r["a"], r["b"], 1.5)),
-    Case("uniformity", {"a": A}, lambda r, rank, g, m: uniformity(r["a"], rank, g, m), ("a",), swaps=False),
+    Case("cyclip_in", VIEWS, lambda r, first, g, m: cyclip_terms(r["a"], r["b"], g).in_modal),
+    Case("cyclip_cross", VIEWS, lambda r, first, g, m: cyclip_terms(r["a"], r["b"], g).cross_modal),
+    Case("alignment", VIEWS, lambda r, first, g, m: alignment(r["a"], r["b"], 1.5)),
+    Case("uniformity", {"a": A}, lambda r, first, g, m: uniformity(r["a"], first, g, m), ("a",), swaps=False),
 ]

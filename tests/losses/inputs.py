@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Collective = Callable[[Tensor], Tensor]
-# (rows of this rank, rank, gather, mean over ranks) -> ()
+# (rows of this rank, place of the first of them, gather, mean over ranks) -> ()
 Loss = Callable[[Mapping[str, Tensor], int, Collective, Collective], Tensor]
 
 
@@ -54,27 +54,35 @@ class _Rank:
         return self._ask("mean", x)
 
 
-def over_ranks(world: int, rows: Mapping[str, Tensor], loss: Loss) -> Tensor:
-    """Returns the mean over `world` ranks of what each computes from its equal share of the rows.
+def over_ranks(world: int | Sequence[int], rows: Mapping[str, Tensor], loss: Loss) -> Tensor:
+    """Returns the mean over ranks of what each computes from its share of the rows, counted by its rows.
 
-    Ranks run one after the other and again from the start, each time one collective further. Autograd
-    runs through the collectives, so the gradient in `rows` is that of the mean.
+    world: the number of ranks with equal shares, or the rows of each. Ranks run one after the other and
+    again from the start, each time one collective further. Autograd runs through the collectives, so the
+    gradient in `rows` is that of the mean.
     """
+    total = len(next(iter(rows.values())))
+    shares = [total // world] * world if isinstance(world, int) else list(world)
     known: list[Tensor] = []
+
+    def mean(parts: list[Tensor]) -> Tensor:
+        weighted = [part * share for part, share in zip(parts, shares, strict=True)]
+        return torch.stack(weighted).sum(0) / total
+
     while True:
         asked: list[tuple[str, Tensor]] = []
         values: list[Tensor] = []
-        for number in range(world):
+        for number in range(len(shares)):
             rank = _Rank(known)
-            share = {name: x.chunk(world)[number] for name, x in rows.items()}
+            share = {name: x.split(shares)[number] for name, x in rows.items()}
             try:
-                values.append(loss(share, number, rank.gather, rank.mean))
+                values.append(loss(share, sum(shares[:number]), rank.gather, rank.mean))
             except _NotYetReached:
                 asked.append(rank.asked)
         if not asked:
-            return torch.stack(values).mean()
+            return mean(values)
         kinds = {kind for kind, _ in asked}
-        assert len(asked) == world, "some ranks end before others: real ones would wait for ever"
+        assert len(asked) == len(shares), "some ranks end before others: real ones would wait for ever"
         assert len(kinds) == 1, "ranks ask for different collectives"
         parts = [x for _, x in asked]
-        known.append(torch.cat(parts) if kinds == {"gather"} else torch.stack(parts).mean(0))
+        known.append(torch.cat(parts) if kinds == {"gather"} else mean(parts))

@@ -172,8 +172,9 @@ def test_forms_without_a_meaning_are_refused() -> None:
 def test_the_mean_is_over_the_anchors_of_all_ranks() -> None:
     values = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([9.0, 9.0, 4.0])]
     chosen = [torch.tensor([True, True, True]), torch.tensor([False, False, True])]
-    means = [global_mean(v, c, lambda count: torch.tensor(2.0)) for v, c in zip(values, chosen, strict=True)]
-    assert float(sum(means)) / 2 == (1 + 2 + 6 + 4) / 4
+    share = torch.tensor([3 / 3, 1 / 3]).mean()
+    means = [global_mean(v, c, lambda _: share) for v, c in zip(values, chosen, strict=True)]
+    assert float(sum(means)) / 2 == pytest.approx((1 + 2 + 6 + 4) / 4)
 
 
 def test_the_log_mean_over_ranks_survives_large_exponents() -> None:

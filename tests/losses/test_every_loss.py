@@ -24,9 +24,9 @@ def gradients(value: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor | None
     )
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, (1, 6, 5)])
 @every_case
-def test_the_mean_over_ranks_is_one_big_batch(case: Case, world: int) -> None:
+def test_the_mean_over_ranks_is_one_big_batch(case: Case, world: int | tuple[int, ...]) -> None:
     alone, split = leaves(case), leaves(case)
     whole, parts = case.whole(alone), over_ranks(world, split, case.loss)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-13)

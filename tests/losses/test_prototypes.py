@@ -58,7 +58,7 @@ def test_codes_of_split_rows_are_those_of_the_batch(world: int) -> None:
     expected = (sinkhorn(scores) * weights).sum() / world
     rows = {"scores": scores, "weights": weights}
     found = over_ranks(
-        world, rows, lambda r, rank, g, m: (sinkhorn(r["scores"], reduce=m) * r["weights"]).sum()
+        world, rows, lambda r, first, g, m: (sinkhorn(r["scores"], reduce=m) * r["weights"]).sum()
     )
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clipkit.data.ranges import RowRanges
 from clipkit.dist import World, whole
 from clipkit.learner import Learner, extras_of, freeze_unused, inputs_of, needs_of
 from clipkit.models.teachers import Teachers
@@ -30,6 +31,7 @@ from tests.conftest import TINY_MODEL
 from tests.objectives.entries import ENTRIES
 
 BATCH = 12
+LANES = 4  # three ranks get 3, 3 and 6 rows
 TOLERANCE = 1e-10
 
 ROBERTA = {
@@ -81,7 +83,7 @@ def make(kind: str, label: str) -> tuple[Learner, Views]:
     return learner, views
 
 
-def batch_of(learner: Learner, views: Views, number: int, world: World) -> Batch:
+def batch_of(learner: Learner, views: Views, number: int, world: World, uneven: bool = False) -> Batch:
     """This rank's rows of global batch `number`."""
     generator = torch.Generator().manual_seed(100 + number)
     words = ["red", "blue", "green", "a", "small", "large", "star", "heart"]
@@ -102,8 +104,8 @@ def batch_of(learner: Learner, views: Views, number: int, world: World) -> Batch
         slots=rows,
         keys=tuple(str(i) for i in range(BATCH)),
     )
-    share = BATCH // world.size
-    return whole.rows(world.rank * share, (world.rank + 1) * share)
+    ranges = RowRanges(BATCH, LANES if uneven else BATCH, world, 0, uneven)
+    return replace(whole.rows(*ranges.of_rank()), shares=ranges.shares)
 
 
 def reference_backward(learner: Any, batch: Batch, micro_batch: int) -> dict[str, Tensor]:
@@ -127,6 +129,7 @@ def two_steps(
     micro: int,
     seed: int = 7,
     sharded: bool = False,
+    uneven: bool = False,
 ) -> dict[str, Tensor]:
     """Losses and every gradient of two optimizer steps."""
     accelerator = make_accelerator("fp32")
@@ -144,7 +147,7 @@ def two_steps(
     }
     torch.manual_seed(seed)
     for number in range(2):
-        outputs = backward[mode](batch_of(bare, views, number, World.current()))
+        outputs = backward[mode](batch_of(bare, views, number, World.current(), uneven))
         value = outputs["loss"].detach()
         if world > 1:
             torch.distributed.all_reduce(value)
@@ -172,20 +175,28 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             assert worst <= TOLERANCE * size, f"{name}: {worst / size:.1e}"
 
 
-# What one set of processes computes, one after the other: (mode, micro-batch), the whole batch first.
-Ways = list[tuple[str, int]]
+# What one set of processes computes, one after the other: (mode, micro-batch, uneven), the whole batch first.
+Ways = list[tuple[str, int, bool]]
 SHAPES = {1: [6, 3, 5], 2: [3], 3: [2]}
+# Ranks of 3, 3 and 6 rows take two and three pieces, or one and two.
+UNEVEN = ["clip", "siglip", "swav"]
 
 
 def several(rank: int, world: int, kind: str, objective: str, ways: Ways) -> list[dict[str, Tensor]]:
     """`two_steps` in each of these ways."""
-    return [two_steps(rank, world, kind, objective, mode, micro) for mode, micro in ways]
+    return [
+        two_steps(rank, world, kind, objective, mode, micro, uneven=uneven) for mode, micro, uneven in ways
+    ]
 
 
 def ways_of(world: int, objective: str) -> Ways:
-    """The whole grid where an objective is particular, ranks with micro-batches for the others."""
+    """The whole grid where an objective is particular, ranks with micro-batches for the others.
+
+    Three ranks share the whole batch unevenly, and evenly in micro-batches.
+    """
     cached = SHAPES[world] if objective in STATEFUL or world == 2 else []
-    return [("full", 0), *(("cached", micro) for micro in cached)]
+    ways: Ways = [("full", 0, world == 3), *(("cached", micro, False) for micro in cached)]
+    return ways + ([("cached", 2, True), ("cached", 4, True)] if world == 3 and objective in UNEVEN else [])
 
 
 @pytest.fixture(scope="module")
@@ -242,5 +253,5 @@ def test_micro_batches_equal_the_full_batch(one_process: Any, objective: str) ->
 @pytest.mark.parametrize("objective", ["clip", "siglip"])
 def test_batchnorm_tower_sees_the_global_batch(run_ranks: Any, objective: str) -> None:
     (expected,) = run_ranks(1, two_steps, "resnet", objective, "full", 0)
-    for found in run_ranks(2, two_steps, "resnet", objective, "full", 0):
+    for found in run_ranks(3, two_steps, "resnet", objective, "full", 0, 7, False, True):
         check_same(found, expected)

@@ -165,10 +165,15 @@ def test_a_named_checkpoint_cuts_the_logs_of_its_own_run_only(tiny_shards: Path,
 
 def test_a_continued_run_says_what_is_exact() -> None:
     def said(
-        exact: bool = True, world: int = 2, torch_version: str = "", device: str = "cpu", fixed: bool = False
+        exact: bool = True,
+        world: int = 2,
+        torch_version: str = "",
+        device: str = "cpu",
+        fixed: bool = False,
+        shares: tuple[int, ...] = (),
     ) -> str:
         run = SimpleNamespace(
-            stream=SimpleNamespace(exact=exact, changed=None),
+            stream=SimpleNamespace(exact=exact, changed=None, shares=shares),
             world=World(0, world),
             accelerator=SimpleNamespace(device=torch.device(device)),
             config=SimpleNamespace(run=SimpleNamespace(deterministic=fixed)),
@@ -184,6 +189,7 @@ def test_a_continued_run_says_what_is_exact() -> None:
     assert said(device="cuda", fixed=True).endswith("bit for bit")
     assert "spread of two uninterrupted runs on cuda (run.deterministic: true" in said(device="cuda")
     assert said(world=4).startswith("2 -> 4 process(es): same samples")
+    assert said(world=3, shares=(2, 3, 3)).startswith("2 -> 3 process(es) of 2 to 3 rows: same samples")
     assert "torch 1.0 -> " in said(torch_version="1.0")
     assert said(exact=False).startswith("not exact")
     for changes in ({"world": 4}, {"torch_version": "1.0"}, {"exact": False}):
