@@ -94,6 +94,7 @@ class RunLog:
         self._file: IO[bytes] | None = None
         self._bar: _Bar | None = None
         self._shown = ""
+        self._track: Callable[[Mapping[str, Any]], None] | None = None
         if not is_main:
             return
         if run_dir is not None:
@@ -125,10 +126,16 @@ class RunLog:
         live.start()
         return _Bar(live, progress, task)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Appends one record to metrics.jsonl."""
+    def follow(self, track: Callable[[Mapping[str, Any]], None]) -> None:
+        """Hands every record to `track` as well, once it is written."""
+        self._track = track
+
+    def append(self, record: Mapping[str, Any], again: bool = False) -> None:
+        """Appends one record to metrics.jsonl; `again`: it stood there before, and trackers have it."""
         if self._file is not None:
             self._file.write(f"{encode_record(record)}\n".encode())
+            if self._track is not None and not again:
+                self._track(record)
 
     def step(self, record: Mapping[str, Any], show: bool = True) -> None:
         """Appends the record of one step, and with `show` puts it on the bar or prints it as a line."""

@@ -113,6 +113,10 @@ def _sources(value: Any) -> Any:
     return as_tuple(value)
 
 
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
 def _shards(value: Any) -> str | tuple[str, ...]:
     entries = (value,) if isinstance(value, str) else as_tuple(value)
     if not isinstance(entries, tuple) or not entries or not all(isinstance(e, str) and e for e in entries):
@@ -123,6 +127,10 @@ def _shards(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else entries
 
 
+# The names that accelerate.tracking knows; to ask it would load torch.
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"
+]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -340,6 +348,7 @@ class RunConfig(Section):
     None: 10, under fp16 50. on_spike: what a step does whose loss leaps (clipkit.train.spikes says when):
     warn; skip its update; or rollback, to the newest checkpoint and past the batches before the leap.
     background_save: checkpoints are written while training goes on, from a copy in host memory.
+    trackers: get the numbers of metrics.jsonl as well; clipkit.train.trackers says how each continues.
     """
 
     dir: Text | None = None
@@ -353,6 +362,7 @@ class RunConfig(Section):
     background_save: bool = True
     evaluate_every: OptionalEvery = None
     evaluate: Annotated[tuple[EvaluateConfig, ...], BeforeValidator(as_tuple)] = ()
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)] = ()
     log_every: Count = 10
     diagnose_every: Count = 100
     weight_ema: Annotated[bool | float | str, PlainValidator(_weight_ema)] = "auto"

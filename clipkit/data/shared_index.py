@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from clipkit.data.indexing import Indexing
 from clipkit.data.options import LoaderOptions
 from clipkit.data.source import is_remote
 from clipkit.data.tar_index import Index
-from clipkit.data.waiting import while_others_wait
-from clipkit.types import ClipkitError, DataError
+from clipkit.data.waiting import together
+from clipkit.types import DataError
 
 
 def shared_index(shards: list[str], options: LoaderOptions, world: dist.World) -> Index:
@@ -33,19 +32,19 @@ def shared_index(shards: list[str], options: LoaderOptions, world: dist.World) -
         folder = work.records() if world.is_main and index is None and world.size > 1 else None
         return index, None if folder is None else str(folder)
 
-    index, folder = _together(look)
+    index, folder = together(look)
     missing = not _first(dist.gather_objects(index is not None))
     folder = _first(dist.gather_objects(folder))
     if missing and folder is not None:
         # Ranks on a machine that does not see the folder of the main rank would walk in vain.
         seen = Path(folder).parent in work.folders and os.path.isdir(folder)
         mine = range(world.rank, len(shards), world.size) if seen else range(0)
-        _together(lambda: sum(1 for _ in work.walk(mine, processes)) if mine else 0)
+        together(lambda: sum(1 for _ in work.walk(mine, processes)) if mine else 0)
     if missing:
-        index = _together(lambda: work.finish(processes) if world.is_main else None)
+        index = together(lambda: work.finish(processes) if world.is_main else None)
     if not world.is_main:
         index = None
-    loaded = _together(lambda: index or _load(work, common, processes, world))
+    loaded = together(lambda: index or _load(work, common, processes, world))
     if common:
         loaded = _sent(work, loaded, world)
     assert loaded is not None
@@ -75,22 +74,3 @@ def _sent(work: Indexing, index: Index | None, world: dist.World) -> Index | Non
 
 def _first(values: list[Any]) -> Any:
     return values[0]
-
-
-def _together(work: Callable[[], Any]) -> Any:
-    """Returns `work()` of this rank when all are done; raises the first error of any rank on all of them."""
-    result: Any = None
-    error: ClipkitError | None = None
-
-    def attempt() -> None:
-        nonlocal result, error
-        try:
-            result = work()
-        except ClipkitError as caught:
-            error = caught
-
-    while_others_wait(attempt)
-    failures = [failure for failure in dist.gather_objects(error) if failure is not None]
-    if failures:
-        raise failures[0]
-    return result

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipkit.checkpoint.manifest import sync_folder
 from clipkit.data import ImageView
 from clipkit.models import Towers, build
 from clipkit.models.tokenizer import has_tokenizer
@@ -114,6 +115,7 @@ def _write(towers: Towers, folder: Path, document: dict[str, Any], extra_files: 
 
 
 def _replace(temporary: Path, out: Path) -> None:
+    sync_folder(temporary)
     if out.is_dir():
         old = out.parent / f".{out.name}.{os.getpid()}.old"
         out.rename(old)
@@ -121,11 +123,7 @@ def _replace(temporary: Path, out: Path) -> None:
         shutil.rmtree(old)
     else:
         temporary.rename(out)
-    handle = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(out.parent)
 
 
 def load_open_clip(path: Path | str) -> Towers:
