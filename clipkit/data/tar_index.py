@@ -161,20 +161,22 @@ def load_index(
         offsets = np.load(path, mmap_mode="r", allow_pickle=False)
         if _file_sha(path, offsets.nbytes) != header["offsets_sha"]:
             return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        index = Index(
+            shards=tuple(shards),
+            counts=np.array(header["counts"], dtype=np.int64),
+            sizes=np.array(header["sizes"], dtype=np.int64),
+            stamps=np.array(header["stamps"], dtype=np.int64),
+            digests=tuple(header["digests"]),
+            ignored=int(header["ignored"]),
+            stride=int(header["stride"]),
+            offsets=offsets,
+            file=path,
+        )
+        whole = len(index.counts) == len(index.digests) == len(shards) and index.stride > 0
+        return index if whole and offsets.shape == (index.first_entry[-1],) else None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         # A missing or damaged cache is rebuilt from the shards.
         return None
-    return Index(
-        shards=tuple(shards),
-        counts=np.array(header["counts"], dtype=np.int64),
-        sizes=np.array(header["sizes"], dtype=np.int64),
-        stamps=np.array(header["stamps"], dtype=np.int64),
-        digests=tuple(header["digests"]),
-        ignored=int(header["ignored"]),
-        stride=int(header["stride"]),
-        offsets=offsets,
-        file=path,
-    )
 
 
 def _shown(shards: Sequence[str]) -> list[str]:

@@ -144,11 +144,15 @@ def rebuild(document: dict[str, Any], init: str | None = None, tokenizer: str | 
 
     Temperature and bias start as `model_cfg` says; the random generators are left as they were.
     """
-    cfg = document["model_cfg"]
+    cfg = copy.deepcopy(document["model_cfg"])
+    for section, key in (("vision_cfg", "timm_model_pretrained"), ("text_cfg", "hf_model_pretrained")):
+        # All weights are at hand: a directory from elsewhere must not make this machine fetch others.
+        if (cfg.get(section) or {}).get(key):
+            cfg[section][key] = False
     log_scale = cfg.get("init_logit_scale")
     with torch.random.fork_rng(devices=[]):
         towers = build(
-            document,
+            {**document, "model_cfg": cfg},
             init=init,
             log_scale=math.log(1 / 0.07) if log_scale is None else float(log_scale),
             bias=cfg.get("init_logit_bias"),

@@ -76,9 +76,9 @@ def store_teachers(run: Run, read: Mapping[str, Path], found: Checkpoint | None)
     folder = run.folder.resolve() / FOLDER
 
     def work() -> None:
-        # Left by a process that was killed while it wrote; the run lock is ours.
-        for leftover in folder.glob(".*"):
-            shutil.rmtree(leftover)
+        # Left by a process that was killed while it wrote; the run lock is ours. What stays costs space only.
+        for leftover in (path for ending in ("tmp", "old") for path in folder.glob(f".*.{ending}")):
+            shutil.rmtree(leftover, ignore_errors=True)
         for name, towers in teachers.fixed_towers.items():
             own = read.get(name) == folder / name
             run.teacher_files[name] = known[name] if own else _store(towers, folder / name)
