@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from clipkit.redaction import redact
+from clipkit.redaction import redact, visible
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -34,9 +34,12 @@ def encode_record(record: Mapping[str, Any]) -> str:
     encoded = plain(record, "")
     if non_finite:
         encoded["non_finite"] = non_finite
-    line = json.dumps(encoded, ensure_ascii=False, allow_nan=False)
-    # A file name that is not UTF-8 arrives with lone surrogates: JSON holds them as escapes only.
-    return line.encode("utf-8", "backslashreplace").decode()
+    return json_line(encoded)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """Returns a record as one line of JSON, for every reader's idea of a line and for a terminal."""
+    return visible(json.dumps(record, ensure_ascii=False, allow_nan=False))
 
 
 def _duration(seconds: float) -> str:
@@ -95,6 +98,7 @@ class RunLog:
         self._file: IO[bytes] | None = None
         self._bar: _Bar | None = None
         self._shown = ""
+        self._track: Callable[[Mapping[str, Any]], None] | None = None
         if not is_main:
             return
         if run_dir is not None:
@@ -120,16 +124,22 @@ class RunLog:
         task = progress.add_task("", total=self._total, completed=self._first)
         # The numbers stand on a line of their own: beside the bar they would push it off a narrow terminal.
         live = Live(
-            get_renderable=lambda: Group(progress.get_renderable(), Text(self._shown)),
+            get_renderable=lambda: Group(progress.get_renderable(), Text(visible(self._shown))),
             console=Console(file=self._stream, force_terminal=True),
         )
         live.start()
         return _Bar(live, progress, task)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Appends one record to metrics.jsonl."""
+    def follow(self, track: Callable[[Mapping[str, Any]], None]) -> None:
+        """Hands every record to `track` as well, once it is written."""
+        self._track = track
+
+    def append(self, record: Mapping[str, Any], again: bool = False) -> None:
+        """Appends one record to metrics.jsonl; `again`: it stood there before, and trackers have it."""
         if self._file is not None:
             self._file.write(f"{encode_record(record)}\n".encode())
+            if self._track is not None and not again:
+                self._track(record)
 
     def step(self, record: Mapping[str, Any], show: bool = True) -> None:
         """Appends the record of one step, and with `show` puts it on the bar or prints it as a line."""
@@ -157,6 +167,7 @@ class RunLog:
         return "  ".join(parts)
 
     def _print(self, text: str) -> None:
+        text = visible(text)
         if self._bar is not None:
             self._bar.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

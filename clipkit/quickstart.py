@@ -18,6 +18,7 @@ from typing import Any
 
 from clipkit.config import Config, load_config
 from clipkit.data.glyphs import compositional_pairs, make_characters, make_scenes, read_groups
+from clipkit.redaction import visible
 from clipkit.types import ClipkitError, GateError
 
 
@@ -127,7 +128,7 @@ def run(
         "reload": differences,
     }
     (directory / "quickstart.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(format_report(corpus, corpus_dir, rows, report)))
+    print("\n".join(map(visible, format_report(corpus, corpus_dir, rows, report))))
     if gate:
         check_gate(rows, plan.floors)
     return report

@@ -1,4 +1,4 @@
-"""The one function that removes secrets from text: every message, log line and written file passes it."""
+"""Text before it is shown or written: `redact` hides secrets, `visible` shows control characters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
+# Up to the last @ before the path: a password may hold one itself.
+_USERINFO = re.compile(r"(?<=://)[^/?#\s'\"]+@")
 # Up to white space or a quote: half of a token that holds a comma would still be half of a token.
 _QUERY = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://[^\s?'\"<>]*\?)([^\s'\"<>]+)")
 _SECRET_VALUE = re.compile(
@@ -15,6 +16,9 @@ _SECRET_VALUE = re.compile(
     r"access[_-]?key|secret[_-]?key|accesskeyid|awsaccesskeyid)(?:[_-]id)?\s*[=]\s*)[^&\s'\",;]+"
 )
 _SECRET_NAME = re.compile(r"(?i)token|key|secret|password")
+# C0 and C1 controls, line and paragraph separators, marks that turn the direction of text, half surrogates.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is none, and would hide every "false"
 
 
@@ -38,6 +42,20 @@ def redact_all(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redact_all(entry) for entry in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """Returns `text` on one line, with JSON's escapes in place of characters that a terminal would obey.
+
+    Captions, keys and names come from strangers: an escape sequence clears the screen, a new line forges a
+    message, a bidirectional override reverses one. JSON texts stay JSON of the same values. lines: line ends
+    and tabs stay, for texts whose lines are our own.
+    """
+    return _OBEYED.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    return _NAMED.get(character) or f"\\u{ord(character):04x}"
 
 
 def _without_value(part: str) -> str:

@@ -16,19 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from clipkit.redaction import redact
+from clipkit.redaction import redact, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class ClipkitError(Exception):
-    """A failure with a known cause: one line of cause, one of cure, no secrets in them, one exit code."""
+    """A failure with a known cause: one line of cause, one of cure, fit for a terminal; one exit code."""
 
     exit_code = 1
 
     def __init__(self, cause: str, cure: str) -> None:
-        cause, cure = redact(cause), redact(cure)
+        cause, cure = visible(redact(cause)), visible(redact(cure))
         super().__init__(f"{cause}\n{cure}")
         self.cause = cause
         self.cure = cure

@@ -50,6 +50,7 @@ from clipkit.data.tables import (
     refuse_too_many,
     write_rejects,
 )
+from clipkit.redaction import visible
 from clipkit.types import ClipkitError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -124,13 +125,13 @@ def make_train(options: argparse.Namespace) -> list[ShardRecord]:
     rows = read_pairs(table, options.image_key, options.caption_key, options.keep)
     root: ImageRoot = find_root(table, options.images, rows[0].image)
     pairs, rejects = check_pairs(rows, root)
-    print(f"{len(rows):,} rows, images in {root.path}, {len(pairs):,} usable", flush=True)
+    print(visible(f"{len(rows):,} rows, images in {root.path}, {len(pairs):,} usable"), flush=True)
     if rejects:
         print(f"left out: {count_reasons(rejects)} (see rejects.jsonl)", flush=True)
     refuse_too_many(table, rejects, len(rows), options.max_reject_fraction)
     if options.dry_run:
         for pair in pairs[:3]:
-            print(f"  {pair.image}: {pair.caption}")
+            print(visible(f"  {pair.image}: {pair.caption}"))
         return []
     parts = [
         functools.partial(pair_part, root, pairs[start : start + options.samples_per_shard])
@@ -263,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run:
         samples, volume = sum(r.samples for r in records), sum(r.bytes for r in records)
         seconds = time.perf_counter() - began
-        print(f"{samples:,} samples in {len(records)} shards, {size(volume)}, {seconds:.1f} s: {options.out}")
+        done = f"{samples:,} samples in {len(records)} shards, {size(volume)}, {seconds:.1f} s: {options.out}"
+        print(visible(done))
     return 0
 
 

@@ -434,3 +434,9 @@ def test_a_schedule_that_cannot_work_is_refused_and_a_poor_one_explained() -> No
     assert "below 256" in small
     assert config(optim={"warmup": 0}).warmup_steps(100) == 0
     assert config().warmup_steps(1000) == 50
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]\n", "a: &a {b: *a}\n", "a: &a\n  - {b: [*a]}\n"])
+def test_an_alias_inside_its_own_anchor_is_refused(tmp_path: Path, text: str) -> None:
+    ((found, _),) = refused(written(tmp_path, text))
+    assert "nested more than 32 deep" in found

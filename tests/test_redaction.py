@@ -20,6 +20,7 @@ from clipkit.types import DataError
         "https://host/x?X-Amz-Signature=TOKEN",
         "https://host/x?X-Amz-Security-Token=TOKEN&X-Amz-Credential=TOKEN",
         "HF_TOKEN=TOKEN",
+        "https://me:TO@KEN:TOKEN@host/x.tar",
         "pipe:curl -u x https://h/?access_key=TOKEN",
         "two https://a:TOKEN@h and https://b:TOKEN@h",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -12,7 +13,7 @@ import typer
 
 from clipkit.cli import configs, data, evaluating, machine, objectives, training
 from clipkit.cli.output import rank
-from clipkit.redaction import redact
+from clipkit.redaction import redact, visible
 from clipkit.types import ClipkitError, ConfigError
 
 _EPILOG = (
@@ -83,7 +84,9 @@ def _report(error: Exception) -> int:
         summary = " ".join(str(error).split()) or "no message"
         pairs, code = [(f"{type(error).__name__}: {summary}", _cure(error))], 1
     for cause, cure in pairs:
-        print(redact(f"{prefix}error: {cause}\n  cure: {cure}"), file=sys.stderr)
+        # Cleaned one by one: what ends a line is ours.
+        print(f"{prefix}error: {visible(redact(cause))}", file=sys.stderr)
+        print(f"  cure: {visible(redact(cure))}", file=sys.stderr)
     return code
 
 
@@ -104,10 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the parser
-            error.show()
+            shown = io.StringIO()
+            error.show(file=shown)
+            print(visible(redact(shown.getvalue()), lines=True), end="", file=sys.stderr)
             return int(error.exit_code)
         if with_traceback:
-            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            trace = "".join(traceback.format_exception(error))
+            print(visible(redact(trace), lines=True), end="", file=sys.stderr)
         return _report(error)
     if code == 130:  # from here or from the parser, which turns Control-C into this code without a word
         print("interrupted", file=sys.stderr)

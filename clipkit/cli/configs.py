@@ -54,7 +54,7 @@ def _summary(path: Path) -> str:
 def ls(paths: Paths = None) -> None:
     """List configurations and what each is for."""
     rows = [[str(_near(path)), _summary(path)] for path in _files(paths)]
-    say(table(rows) if rows else "no configurations")
+    say(*(table(rows) or ["no configurations"]))
 
 
 @app.command("show")
@@ -65,7 +65,7 @@ def show(
     """Print the complete configuration: file, what it extends, overrides and every default."""
     from clipkit.config import load_config
 
-    say(load_config(config, overrides or []).dump().rstrip())
+    say(*load_config(config, overrides or []).dump().rstrip().split("\n"))
 
 
 @app.command("validate")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clipkit.cli.output import StageProgress, duration, say, size, table
-from clipkit.redaction import redact
+from clipkit.redaction import redact, visible
 from clipkit.types import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _show(work: Indexing, numbers: range, counts: list[int], sizes: list[int], i
     rows = [["samples", "bytes", "shard"]]
     for number, count, length in zip(numbers, counts, sizes, strict=True):
         rows.append([f"{count:,}", size(float(length)), work.shards[number]])
-    say(table(rows))
+    say(*table(rows))
     total = len(work.shards)
     of_all = "" if len(numbers) == total else f" (numbers {numbers[0]} to {numbers[-1]} of {total:,})"
     besides = f", {ignored:,} members that belong to no sample" if ignored else ""
@@ -86,7 +86,7 @@ def _show(work: Indexing, numbers: range, counts: list[int], sizes: list[int], i
 
 
 def _remark(text: str) -> None:
-    print(redact(text), file=sys.stderr, flush=True)
+    print(visible(redact(text)), file=sys.stderr, flush=True)
 
 
 def _walk_all(work: Indexing, workers: int) -> tuple[list[int], list[int], int]:

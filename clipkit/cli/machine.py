@@ -25,9 +25,9 @@ def doctor(
     from clipkit.doctor import examine, examine_ranks
 
     findings = examine_ranks(directory) if distributed else examine()
-    say(table([[finding.name, finding.value] for finding in findings]))
+    say(*table([[finding.name, finding.value] for finding in findings]))
     problems = [finding for finding in findings if finding.cure]
     for finding in problems:
-        say(f"problem: {finding.name}: {finding.value}\n  cure: {finding.cure}")
+        say(f"problem: {finding.name}: {finding.value}", f"  cure: {finding.cure}")
     if problems:
         raise typer.Exit(1)

@@ -21,7 +21,7 @@ def check_objective(
     from clipkit.types import GateError
 
     findings = suite.check_all(suite.FromEntry({"name": name, **read_options(options or [])}))
-    say(table([["ok" if f.holds else "FAILED", f.check, f.detail] for f in findings]))
+    say(*table([["ok" if f.holds else "FAILED", f.check, f.detail] for f in findings]))
     failed = [finding.check for finding in findings if not finding.holds]
     if failed:
         raise GateError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.redaction import redact, redact_all
+from clipkit.redaction import redact, visible
 from clipkit.types import ConfigError
 
 if TYPE_CHECKING:
@@ -37,19 +36,19 @@ def join_launcher(device: str) -> tuple[World, str]:
     return World.current(), device
 
 
-def say(text: str) -> None:
-    """Prints one piece of text on the main rank."""
-    if rank() == 0:
-        # A file name need not be UTF-8, and standard output, unlike standard error, is strict.
-        print(redact(text).encode("utf-8", "backslashreplace").decode(), flush=True)
+def say(*lines: str) -> None:
+    """Prints lines on the main rank."""
+    if rank() == 0 and lines:
+        print("\n".join(visible(redact(line)) for line in lines), flush=True)
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows as aligned columns, two spaces apart."""
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table: aligned columns, two spaces apart."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-    return "\n".join(
+    return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    ]
 
 
 def size(count: float) -> str:
@@ -84,14 +83,14 @@ def check_out(out: Path | None) -> None:
 
 def result(values: Mapping[str, Any], out: Path | None) -> None:
     """Prints an evaluation result; `out` also gets it as JSON (`-`: only the JSON, on standard output)."""
-    from clipkit.evaluation import format_table, write_result
+    from clipkit.evaluation import format_table, result_text, write_result
 
     if rank():
         return
     if str(out) == "-":
-        print(json.dumps(redact_all(values), indent=2, ensure_ascii=False))
+        print(result_text(values))
         return
-    say("\n".join(format_table(values)))
+    say(*format_table(values))
     if out is not None:
         say(f"written to {write_result(values, out)}")
 

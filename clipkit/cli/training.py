@@ -35,7 +35,7 @@ def quickstart(
     work.run(directory, gate, corpus.value)
 
 
-def _rehearsal(report: Mapping[str, Any]) -> str:
+def _rehearsal(report: Mapping[str, Any]) -> list[str]:
     per_epoch = report["samples_per_epoch"]
     rows = [
         ["samples per epoch", "not known yet" if per_epoch is None else f"{per_epoch:,}"],
@@ -50,7 +50,7 @@ def _rehearsal(report: Mapping[str, Any]) -> str:
     if "deterministic_slowdown" in report:
         rows.append(["run.deterministic", f"{report['deterministic_slowdown']:.2f} x the time of a step"])
     # The summary begins like the banner of a run: parameters, data, length, world sizes that can resume.
-    return "\n".join([*report["summary"], table(rows)])
+    return [*report["summary"], *table(rows)]
 
 
 def pretrain(
@@ -85,7 +85,7 @@ def pretrain(
 
     report = work(checked, resume=resume, dry_run=dry_run)
     if dry_run:
-        say(_rehearsal(report))
+        say(*_rehearsal(report))
         return
     say(f"{report['steps']:,} steps, {report['samples']:,} samples, {duration(report['seconds'])}")
     say(f"run directory {report['run_dir']}, model {report['export']}")
@@ -122,6 +122,6 @@ def sweep(
         none = "--" if run.failure is None else "failed"
         numbers = (f"{run.outcome[name]:.4g}" if name in run.outcome else none for name in names)
         rows.append([*run.values.values(), *numbers])
-    say(table(rows))
+    say(*table(rows))
     say(f"written to {directory}/sweep.json and {directory}/sweep.png")
     raise_failures(runs)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar, overload
 
 from pydantic import BaseModel, ValidationError
 
-from clipkit.redaction import redact
+from clipkit.redaction import redact, visible
 from clipkit.types import ConfigError
 
 Path_ = tuple[str | int, ...]
@@ -74,7 +74,7 @@ class Problem:
     cure: str
 
     def __str__(self) -> str:
-        return redact(f"{self.origin}: {self.cause}" if self.origin.source else self.cause)
+        return visible(redact(f"{self.origin}: {self.cause}" if self.origin.source else self.cause))
 
 
 class ConfigErrors(ConfigError):

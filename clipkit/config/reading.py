@@ -93,6 +93,8 @@ class _Tree:
         self.count += 1
         if self.count > MAX_VALUES:
             raise_problems([Problem(Origin(self.name), *_TOO_MANY)])
+        if len(path) > MAX_DEPTH:  # an alias may stand inside its own anchor
+            raise_problems([Problem(Origin(self.name, node.start_mark.line + 1), *_TOO_DEEP)])
         self.values.origins.setdefault(path, Origin(self.name, node.start_mark.line + 1))
         if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             return self._mapping(node, path)
@@ -146,6 +148,8 @@ _TOO_MANY = (
     "write it out without nested anchors; a configuration has a few dozen values",
 )
 
+_TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep", "flatten them"
+
 
 def _compose(text: str, name: str) -> yaml.Node | None:
     """Returns the node tree after the limits that protect the parser itself (depth before recursion)."""
@@ -156,8 +160,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
             closes = isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent)
             depth += opens - closes
             if depth > MAX_DEPTH:
-                too_deep = f"values are nested more than {MAX_DEPTH} deep"
-                raise_problems([Problem(Origin(name), too_deep, "flatten them")])
+                raise_problems([Problem(Origin(name), *_TOO_DEEP)])
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

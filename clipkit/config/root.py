@@ -126,14 +126,17 @@ class Config(Section):
         values: dict[str, Any] = redact_all(self.model_dump(mode="json"))
         return values
 
+    def flat(self) -> dict[str, Any]:
+        """Returns dotted key -> value of everything that is set, secrets in URLs replaced by ***."""
+        return _flatten(self.values())
+
     def dump(self) -> str:
         """Returns the resolved configuration as YAML; it loads to the same configuration, but for secrets."""
         return dump_yaml(self.values())
 
     def identity(self) -> dict[str, Any]:
         """Returns dotted key -> value of everything that must stay the same when a run is continued."""
-        flat = _flatten(self.values())
-        return {key: value for key, value in flat.items() if key.startswith(_IDENTITY)}
+        return {key: value for key, value in self.flat().items() if key.startswith(_IDENTITY)}
 
     def digest(self) -> str:
         """Returns a short hash of `identity()`."""

@@ -113,6 +113,10 @@ def _sources(value: Any) -> Any:
     return as_tuple(value)
 
 
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
 def _shards(value: Any) -> str | tuple[str, ...]:
     entries = (value,) if isinstance(value, str) else as_tuple(value)
     if not isinstance(entries, tuple) or not entries or not all(isinstance(e, str) and e for e in entries):
@@ -123,6 +127,10 @@ def _shards(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else entries
 
 
+# The names that accelerate.tracking knows; to ask it would load torch.
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"
+]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -347,6 +355,7 @@ class RunConfig(Section):
     in host memory. sharding: none, every rank holds all weights (DDP); fsdp2, its rows of weights, gradients,
     moments and averages. resume_data: what becomes of the position in data that changed since; only `exact`
     never repeats a sample.
+    trackers: get the numbers of metrics.jsonl as well; clipkit.train.trackers says how each continues.
     """
 
     dir: Text | None = None
@@ -360,6 +369,7 @@ class RunConfig(Section):
     background_save: bool = True
     evaluate_every: OptionalEvery = None
     evaluate: Annotated[tuple[EvaluateConfig, ...], BeforeValidator(as_tuple)] = ()
+    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)] = ()
     log_every: Count = 10
     diagnose_every: Count = 100
     weight_ema: Annotated[bool | float | str, PlainValidator(_weight_ema)] = "auto"

@@ -44,7 +44,10 @@ RECORDS = ".clipkit-shards"
 OnShard = Callable[[int, int], None]
 
 _RECORD_VERSION = 1
-_RECORD_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
+_RECORD_ERRORS = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error),
+    *(RecursionError, MemoryError),  # what a header claims, not what there is
+)
 # Parts of signed addresses that change from day to day; the bytes behind them do not.
 _PASSING = re.compile(
     r"(?i)^(sig|signature|token|.*[-_]token|credential|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid|"

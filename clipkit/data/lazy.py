@@ -26,10 +26,11 @@ from clipkit.data.ranges import RowRanges
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Passed, Recipe, SubBatch
 from clipkit.data.scan import ShardScan
-from clipkit.data.shared_index import shared_index, together
+from clipkit.data.shared_index import shared_index
 from clipkit.data.source import changed, is_remote, needs_stream
 from clipkit.data.tar_index import SPARSE_STRIDE, Index
 from clipkit.data.targets import stored_widths
+from clipkit.data.waiting import together
 from clipkit.data.window import WindowReader, first_samples
 from clipkit.data.workers import built_parts
 from clipkit.types import Batch, ClipkitError, ConfigError, DataError

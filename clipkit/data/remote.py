@@ -14,7 +14,7 @@ from clipkit.data.object_store import ObjectStores
 from clipkit.data.options import DEFAULT_STORAGE, Storage
 from clipkit.data.source import LocalShards, Unreadable, changed, is_remote, scheme_of
 from clipkit.data.tar_index import Index
-from clipkit.redaction import redact
+from clipkit.redaction import redact, visible
 from clipkit.types import DataError
 
 RETRIES = (0.5, 2.0, 8.0, 30.0)  # seconds before each further attempt; a server may ask for more
@@ -100,7 +100,9 @@ class RemoteShards:
         now = time.monotonic()
         if now - self._said >= NOTICE_EVERY_S:
             self._said = now
-            print(redact(f"reading again ({self.retried} so far): {text}"), file=sys.stderr, flush=True)
+            print(
+                visible(redact(f"reading again ({self.retried} so far): {text}")), file=sys.stderr, flush=True
+            )
 
     def _client(self, url: str) -> HttpRanges | ObjectStores:
         if self._owner != os.getpid():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from clipkit.data.indexing import Indexing
 from clipkit.data.options import LoaderOptions
 from clipkit.data.source import is_remote
 from clipkit.data.tar_index import Index
-from clipkit.data.waiting import while_others_wait
-from clipkit.types import ClipkitError, DataError
+from clipkit.data.waiting import together
+from clipkit.types import DataError
 
 
 def shared_index(shards: list[str], options: LoaderOptions, world: dist.World) -> Index:
@@ -78,25 +77,3 @@ def _sent(work: Indexing, index: Index | None, world: dist.World) -> Index | Non
 
 def _first(values: list[Any]) -> Any:
     return values[0]
-
-
-def together(work: Callable[[], Any]) -> Any:
-    """Returns `work()` of this rank when all are done; raises the first error of any rank on all of them.
-
-    Called by all ranks; `work` must not use collectives itself.
-    """
-    result: Any = None
-    error: ClipkitError | None = None
-
-    def attempt() -> None:
-        nonlocal result, error
-        try:
-            result = work()
-        except ClipkitError as caught:
-            error = caught
-
-    while_others_wait(attempt)
-    failures = [failure for failure in dist.gather_objects(error) if failure is not None]
-    if failures:
-        raise failures[0]
-    return result

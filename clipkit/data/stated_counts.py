@@ -17,7 +17,7 @@ from clipkit.data.source import is_remote
 from clipkit.types import DataError
 
 MAX_BYTES = 64 << 20
-_ABSENT = (OSError, ValueError, DataError, Transient)
+_ABSENT = (OSError, ValueError, RecursionError, DataError, Transient)
 
 
 def count_warnings(shards: Sequence[str], counts: Sequence[int], storage: Storage) -> Iterator[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from clipkit.data.shards import Sample, image_extension, normalize_caption, write_text
+from clipkit.redaction import visible
 from clipkit.types import ConfigError, DataError
 
 ARCHIVE = "images.zip"
@@ -206,5 +207,5 @@ def count_reasons(rejects: Sequence[RowReject]) -> str:
 
 def write_rejects(out: Path, rejects: Sequence[RowReject]) -> None:
     """Writes out/rejects.jsonl, one line per unusable row; empty when there is none."""
-    lines = [json.dumps(vars(reject), ensure_ascii=False) + "\n" for reject in rejects]
+    lines = [visible(json.dumps(vars(reject), ensure_ascii=False)) + "\n" for reject in rejects]
     write_text(out / "rejects.jsonl", "".join(lines))

@@ -23,7 +23,7 @@ from clipkit.redaction import redact
 from clipkit.types import DataError
 
 FORMAT_VERSION = 2
-_CACHE_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError)
+_CACHE_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, OverflowError)
 SPARSE_STRIDE = 16
 
 
@@ -183,7 +183,7 @@ def _index_of(folder: Path, header: dict[str, Any], shards: Sequence[str]) -> In
     offsets = np.load(path, mmap_mode="r", allow_pickle=False)
     if _file_sha(path, offsets.nbytes) != header["offsets_sha"]:
         return None
-    return Index(
+    index = Index(
         shards=tuple(shards),
         counts=np.array(header["counts"], dtype=np.int64),
         sizes=np.array(header["sizes"], dtype=np.int64),
@@ -194,6 +194,8 @@ def _index_of(folder: Path, header: dict[str, Any], shards: Sequence[str]) -> In
         offsets=offsets,
         file=path,
     )
+    whole = len(index.counts) == len(index.digests) == len(shards) and index.stride > 0
+    return index if whole and offsets.shape == (index.first_entry[-1],) else None
 
 
 def _shown(shards: Sequence[str]) -> list[str]:

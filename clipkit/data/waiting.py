@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from clipkit import dist
+from clipkit.types import ClipkitError
 
 INTERVAL_S = 10.0  # far below the limit of a collective, which ends a run whose ranks wait in one for longer
 
@@ -44,6 +45,25 @@ def while_others_wait(work: Callable[[], Result]) -> Result:
     finally:
         done.set()
         thread.join()
+    if failures:
+        raise failures[0]
+    return result
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """Returns `work()` of this rank when all are done; raises the first error of any rank on all of them."""
+    result: Any = None
+    error: ClipkitError | None = None
+
+    def attempt() -> None:
+        nonlocal result, error
+        try:
+            result = work()
+        except ClipkitError as caught:
+            error = caught
+
+    while_others_wait(attempt)
+    failures = [failure for failure in dist.gather_objects(error) if failure is not None]
     if failures:
         raise failures[0]
     return result

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipkit.evaluation.embed import Encoder, UnusableEmbeddings, embed_images, embed_texts
-    from clipkit.evaluation.results import format_table, write_result
+    from clipkit.evaluation.results import format_table, result_text, write_result
 
 _HOMES = {
     "Encoder": "embed",
@@ -18,6 +18,7 @@ _HOMES = {
     "embed_images": "embed",
     "embed_texts": "embed",
     "format_table": "results",
+    "result_text": "results",
     "write_result": "results",
 }
 
@@ -27,6 +28,7 @@ __all__ = [
     "embed_images",
     "embed_texts",
     "format_table",
+    "result_text",
     "write_result",
 ]
 

@@ -87,7 +87,7 @@ def _read(path: Path, what: str) -> Any:
     if path.suffix.lower() == ".json":
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error})", "correct the file") from error
     lines = [line.strip() for line in text.split("\n")]
     while lines and not lines[-1]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.evaluation.embed import Encoder
-from clipkit.redaction import redact_all
+from clipkit.redaction import redact_all, visible
 from clipkit.types import ConfigError
 
 PACKAGES = {
@@ -69,10 +69,16 @@ def build_result(
     }
 
 
+def result_text(result: Mapping[str, Any]) -> str:
+    """Returns the result as JSON over several lines, without secrets, fit for a file and for a terminal."""
+    text = json.dumps(redact_all(result), indent=2, ensure_ascii=False, allow_nan=False)
+    return visible(text, lines=True)
+
+
 def write_result(result: Mapping[str, Any], path: str | Path) -> Path:
     """Writes the result as JSON, complete or not at all; returns the path. Parent folders are made."""
     path = Path(path)
-    text = json.dumps(redact_all(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = result_text(result) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

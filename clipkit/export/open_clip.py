@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipkit.checkpoint.manifest import sync_folder
 from clipkit.data import ImageView
 from clipkit.dist import whole
 from clipkit.models import Towers, build
@@ -124,6 +125,7 @@ def _write(towers: Towers, folder: Path, document: dict[str, Any], extra_files: 
 
 
 def _replace(temporary: Path, out: Path) -> None:
+    sync_folder(temporary)
     if out.is_dir():
         old = out.parent / f".{out.name}.{os.getpid()}.old"
         out.rename(old)
@@ -131,11 +133,7 @@ def _replace(temporary: Path, out: Path) -> None:
         shutil.rmtree(old)
     else:
         temporary.rename(out)
-    handle = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(out.parent)
 
 
 def load_open_clip(path: Path | str) -> Towers:
@@ -156,11 +154,15 @@ def rebuild(document: dict[str, Any], init: str | None = None, tokenizer: str | 
 
     Temperature and bias start as `model_cfg` says; the random generators are left as they were.
     """
-    cfg = document["model_cfg"]
+    cfg = copy.deepcopy(document["model_cfg"])
+    for section, key in (("vision_cfg", "timm_model_pretrained"), ("text_cfg", "hf_model_pretrained")):
+        # All weights are at hand: a directory from elsewhere must not make this machine fetch others.
+        if (cfg.get(section) or {}).get(key):
+            cfg[section][key] = False
     log_scale = cfg.get("init_logit_scale")
     with torch.random.fork_rng(devices=[]):
         towers = build(
-            document,
+            {**document, "model_cfg": cfg},
             init=init,
             log_scale=math.log(1 / 0.07) if log_scale is None else float(log_scale),
             bias=cfg.get("init_logit_bias"),

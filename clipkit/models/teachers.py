@@ -31,8 +31,7 @@ def moving_copy(source: Towers, parts: set[str]) -> Towers:
 class Teachers(nn.Module):
     """All teachers of a run, always in evaluation mode and without gradient; BatchNorm buffers are copied.
 
-    Moving averages are part of the state dict. Fixed models are not: their weights lie where they were
-    loaded from, and every checkpoint would carry them again.
+    Moving averages are part of the state dict. Fixed models are not: every checkpoint would carry them again.
     """
 
     def __init__(self, described: Sequence[tuple[Teacher, Towers]]) -> None:
@@ -69,6 +68,11 @@ class Teachers(nn.Module):
         found: Towers = self.__dict__["fixed"][name]
         return found
 
+    @property
+    def fixed_towers(self) -> dict[str, Towers]:
+        """Returns name -> towers of the fixed models."""
+        return dict(self.__dict__["fixed"])
+
     def scales(self) -> dict[str, Tensor]:
         """Returns the exponentiated temperature of every teacher, (1,)."""
         return {name: self.towers_of(name).logit_scale.detach().exp() for name in self.described}
@@ -77,7 +81,7 @@ class Teachers(nn.Module):
     def fingerprints(self) -> dict[str, str]:
         """Name of every fixed model -> SHA-256 of its weights: what a continued run must find again."""
         found = {}
-        for name, towers in self.__dict__["fixed"].items():
+        for name, towers in self.fixed_towers.items():
             digest = hashlib.sha256()
             for key, x in sorted(towers.state_dict().items()):
                 digest.update(key.encode())

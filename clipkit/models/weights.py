@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ EXPORT, CHECKPOINTS = "export", "checkpoints"
 OLD_TEXT_PARTS = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
 # A file from a clipkit checkpoint holds the whole learner; the average is what gets evaluated and shipped.
 LEARNER_PREFIXES = ("ema.towers.clip.", "towers.clip.")
+_NO_TENSORS = (pickle.UnpicklingError, EOFError, StopIteration, AttributeError, TypeError)
 CURE = "use weights of the same architecture, or change model.vision_cfg / model.text_cfg to match"
 
 
@@ -49,7 +51,7 @@ def read_document(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} holds no {CONFIG_FILE}", "name a directory written by clipkit export"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "export the model again") from error
     if not isinstance(document, dict) or not isinstance(document.get("model_cfg"), dict):
         raise ConfigError(f"{path} has no model_cfg", "name a directory written by clipkit export")
@@ -131,13 +133,17 @@ def _exported(folder: Path) -> Path:
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else load_state_dict(str(path))
+        if not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in tensors.items()):
+            raise ValueError("it holds other things than tensors with names")
     except UnpicklingError as error:
         raise ConfigError(
             f"{path} is a pickle that holds more than tensors: it is not read, because reading would run it",
             "convert it to .safetensors where it was made, or take it from a source that you trust",
         ) from error
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", "copy or export the file again") from error
+    # A file that is no plain dict of tensors makes torch, or open_clip after it, trip over whatever it is.
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, *_NO_TENSORS) as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ConfigError(f"{path} cannot be read: {reason}", "copy or export the file again") from error
     for prefix in LEARNER_PREFIXES:
         if any(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,29 +37,36 @@ def widths_of(towers: Towers) -> Widths:
     )
 
 
-def build_teachers(needs: Needs, towers: Towers) -> list[tuple[Teacher, Towers]]:
-    """Returns the towers of every declared teacher: a copy of `towers` to average, or a loaded model."""
+def build_teachers(
+    needs: Needs, towers: Towers, stored: Mapping[str, Path] | None = None
+) -> list[tuple[Teacher, Towers]]:
+    """Returns the towers of every declared teacher: a copy of `towers` to average, or a loaded model.
+
+    stored: name -> directory of models that the run has kept; they win over what the objectives name.
+    """
+    stored = stored or {}
     kinds = {view.name: view.tower for view in needs.views}
     return [
         (
             teacher,
             moving_copy(towers, {kinds[name] for name in teacher.views})
             if teacher.model is None
-            else load_towers(teacher.model),
+            else load_towers(stored.get(teacher.name, teacher.model)),
         )
         for teacher in needs.teachers
     ]
 
 
-def teacher_notes(teachers: Teaching) -> Iterator[tuple[str, str]]:
-    """Yields (name, line for the banner) of every teacher."""
+def teacher_notes(teachers: Teaching, stored: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    """Yields (name, line for the banner) of every teacher; `stored` as in `build_teachers`."""
     for teacher, towers in teachers:
         views = f"reads {', '.join(teacher.views)}"
         if teacher.model is None:
             yield teacher.name, f"average of the trained towers, momentum {teacher.momentum:g}, {views}"
         else:
             pixels = " x ".join(map(str, towers.image_size))
-            yield teacher.name, f"{teacher.model}, fixed, {pixels} pixels, {views}"
+            source = f", as this run stored it in {stored[teacher.name]}" if teacher.name in stored else ""
+            yield teacher.name, f"{teacher.model}{source}, fixed, {pixels} pixels, {views}"
 
 
 def build_views(

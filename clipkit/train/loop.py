@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import time
@@ -16,7 +15,7 @@ from clipkit import dist, optim
 from clipkit.checkpoint import CheckpointStore, StopSignals
 from clipkit.config import parse_interval
 from clipkit.data.rejects import RejectBudget
-from clipkit.log import RunLog
+from clipkit.log import RunLog, json_line
 from clipkit.train.evaluate import evaluate
 from clipkit.train.guards import Guard
 from clipkit.train.heartbeat import Heartbeat
@@ -248,7 +247,7 @@ class Loop:
             with open(self.run.folder / "rejects.jsonl", "a", encoding="utf-8") as stream:
                 for reject in found:
                     line = {"step": self.state.step, **dataclasses.asdict(reject)}
-                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    stream.write(f"{json_line(line)}\n")
         self.budget.add(found, self.run.config.data.batch_size)
         if self.run.stream.ends_epoch(self.state.step):
             self.budget.end_of_epoch()

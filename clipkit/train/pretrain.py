@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from clipkit.train.loop import Loop, write_config
 from clipkit.train.rehearsal import describe, rehearse
 from clipkit.train.resume import continue_rng, find_checkpoint, guarantee, kept_evaluation
 from clipkit.train.setup import COLLECTIVE_GRACE_S, Run, make_accelerator, prepare
-from clipkit.train.state import LOGS, TrainState, position, restore
+from clipkit.train.state import LOGS, TrainState, belongs, position, restore
+from clipkit.train.teachers import store_teachers, stored_teachers
+from clipkit.train.trackers import check_trackers
 
 
 def pretrain(
@@ -28,12 +31,12 @@ def pretrain(
 ) -> dict[str, Any]:
     """Trains the model of `config` (a Config, a dict of its values, or the path of a YAML file).
 
-    Writes config.yaml, metrics.jsonl, rejects.jsonl, checkpoints/ and export/ into the run directory and
-    returns {"run_dir", "steps", "samples", "seconds", "metrics", "export"}. resume: "auto" continues the
-    directory's newest valid checkpoint at the very next sample, "never" refuses a directory that has one,
-    a path continues that checkpoint, of this run or of another one of the same configuration. dry_run builds
-    everything, runs a few steps, writes nothing but the index of the shards, and returns what the run would
-    cost. Raises the ClipkitError family.
+    Writes config.yaml, metrics.jsonl, rejects.jsonl, checkpoints/, teachers/ (when objectives name fixed
+    ones) and export/ into the run directory and returns {"run_dir", "steps", "samples", "seconds", "metrics",
+    "export"}. resume: "auto" continues the directory's newest valid checkpoint at the very next sample,
+    "never" refuses a directory that has one, a path continues that checkpoint, of this run or of another one
+    of the same configuration. dry_run builds everything, runs a few steps, writes nothing but the index of
+    the shards, and returns what the run would cost. Raises the ClipkitError family.
     """
     if isinstance(config, dict):
         config = make_config(config)
@@ -47,6 +50,7 @@ def pretrain(
     accelerator = make_accelerator(config.run.precision, config.run.deterministic, timeout)
     world = World.current()
     check_data(config.run.evaluate)
+    check_trackers(config.run.trackers)
     if dry_run:
         run = prepare(config, folder, accelerator)
         try:
@@ -60,19 +64,28 @@ def pretrain(
         heartbeat.prepare()
         store.prepare()
         found = find_checkpoint(config, folder, store, resume)
+        stored = stored_teachers(found)
         saved = None if found is None else position(found, config.data.batch_size)
-        run = prepare(config, folder, accelerator, saved)
+        run = prepare(config, folder, accelerator, saved, stored)
         try:
-            return _run(run, store, found, heartbeat)
+            return _run(run, store, found, stored, heartbeat)
         finally:
             run.stream.close()
 
 
-def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: Heartbeat) -> dict[str, Any]:
+def _run(
+    run: Run,
+    store: CheckpointStore,
+    found: Checkpoint | None,
+    stored: Mapping[str, Path],
+    heartbeat: Heartbeat,
+) -> dict[str, Any]:
     kept = None if found is None else kept_evaluation(run, found)
     data = run.config.data
     budget = RejectBudget(data.max_reject_fraction, data.max_consecutive, data.max_lost_chunks)
     state = TrainState() if found is None else restore(run, found, budget)
+    # After the checkpoint has recognised them.
+    store_teachers(run, stored, found)
     if run.world.is_main:
         if found is None:
             # A run killed before its first checkpoint starts again, and so do its logs.
@@ -81,6 +94,7 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: 
         run.bare.towers.tokenizer.save(run.folder / "tokenizer")
     log = RunLog(run.folder, total_steps=run.total_steps, is_main=run.world.is_main, start_step=state.step)
     try:
+        follow(run, found, log)
         for line in describe(run):
             log.note(line)
         for path, reason in store.skipped:
@@ -94,11 +108,12 @@ def _run(run: Run, store: CheckpointStore, found: Checkpoint | None, heartbeat: 
             if kept is not None:
                 loop.evaluated_step, loop.metrics = state.step, kept.record["results"]
                 if kept.cut:
-                    log.append(kept.record)
+                    log.append(kept.record, again=True)
             loop.train(lambda: continue_rng(run, found))
         exported = export_final(run)
         log.note(f"done: {state.step} steps, {state.samples} samples; model in {exported}")
     finally:
+        run.trackers.close()
         log.close()
     return {
         "run_dir": str(run.folder),
@@ -120,6 +135,15 @@ def _record_changes(log: RunLog, run: Run, found: Checkpoint, state: TrainState)
     if found.world_size != run.world.size:
         sizes = {"from": found.world_size, "to": run.world.size, "rows": list(run.stream.shares)}
         log.append({"event": "processes", "step": state.step, **sizes, "holds": guarantee(run, found)})
+
+
+def follow(run: Run, found: Checkpoint | None, log: RunLog) -> None:
+    """Starts the trackers on rank 0, in the runs that the checkpoint names if it is one of this directory."""
+    if not run.world.is_main:
+        return
+    known = found.document("trainer").get("trackers", {}) if found and belongs(found, run.folder) else {}
+    run.trackers.start(None if found is None else found.step, known, log.note)
+    log.follow(run.trackers.log)
 
 
 def export_final(run: Run) -> Path:

@@ -51,6 +51,8 @@ def rehearse(run: Run) -> dict[str, Any]:
     rate = run.config.data.batch_size / slowest
     moving, fixed = divide(run.bare)
     steps = run.stream.steps_per_epoch
+    teachers = {} if run.bare.teachers is None else run.bare.teachers.fixed_towers
+    kept = [*fixed.values(), *(x for towers in teachers.values() for x in towers.state_dict().values())]
     moments = sum(
         tensor_bytes(x for x in state.values() if isinstance(x, torch.Tensor))
         for state in run.optimizer.state.values()
@@ -64,7 +66,7 @@ def rehearse(run: Run) -> dict[str, Any]:
         "seconds_left": run.total_steps * slowest,
         "memory_bytes": peak_memory(run.accelerator.device),
         "checkpoint_bytes": tensor_bytes(moving.values()) + moments,
-        "stored_once_bytes": tensor_bytes(fixed.values()),
+        "stored_once_bytes": tensor_bytes(kept),
         "checkpoints_kept": run.config.run.keep_checkpoints,
         "world_sizes": run.stream.world_sizes(),
         **(

@@ -44,11 +44,12 @@ def roll_back(
     assert found is not None, "a run that may roll back saves before its first step"
     kept = kept_evaluation(run, found)
     restored = restore(run, found, budget)
+    run.trackers.rewind(restored.step)
     first = max(restored.step, state.step - MAX_PASSED)
     restored.passed = sorted({*state.passed, *range(first, state.step)})
     restored.rollbacks = state.rollbacks + 1
     if kept is not None and kept.cut:
-        log.append(kept.record)
+        log.append(kept.record, again=True)
     passed = [first + 1, state.step]
     cause = f"{spike} at step {state.step}"
     log.append(

@@ -7,7 +7,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from clipkit.models.towers import TowerOptions, Towers, build
 from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, shared_scale
 from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, teacher_notes, widths_of
 from clipkit.train.sharding import shard
+from clipkit.train.trackers import Trackers
 from clipkit.types import ConfigError, Needs
 
 EMA_BELOW_SAMPLES = 20_000_000
@@ -43,7 +44,10 @@ COLLECTIVE_GRACE_S = 30.0
 
 @dataclass
 class Run:
-    """Everything a run holds: `learner` is the prepared module, `bare` the same module unwrapped."""
+    """Everything a run holds: `learner` is the prepared module, `bare` the same module unwrapped.
+
+    teacher_files: fixed teacher -> file -> {bytes, sha256} of what clipkit.train.teachers has stored of it.
+    """
 
     config: Config
     folder: Path
@@ -56,6 +60,11 @@ class Run:
     total_steps: int
     warmup_steps: int
     notes: list[str] = field(default_factory=list)
+    trackers: Trackers = field(init=False)
+    teacher_files: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.trackers = Trackers(self.config, self.folder)
 
     @property
     def micro_batch(self) -> int | None:
@@ -255,15 +264,22 @@ def check_world(config: Config, world: World, saved: dict[str, Any] | None = Non
 
 
 def prepare(
-    config: Config, folder: Path, accelerator: Accelerator, saved: dict[str, Any] | None = None
+    config: Config,
+    folder: Path,
+    accelerator: Accelerator,
+    saved: dict[str, Any] | None = None,
+    stored: Mapping[str, Path] | None = None,
 ) -> Run:
-    """Returns a run that is ready for its first step; `saved` is the data position it will continue from."""
+    """Returns a run that is ready for its first step.
+
+    saved: the data position it will continue from; stored: fixed teachers that it kept, name -> directory.
+    """
     world = World.current()
     check_world(config, world, saved)
     seed_everything(config.run.seed)
     towers, objectives = build_towers(config)
     needs = needs_of(part for part, _ in objectives.values())
-    teachers = build_teachers(needs, towers)
+    teachers = build_teachers(needs, towers, stored)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
     stream = open_stream(config, views, needs, world, saved)
     decay = wants_ema(config, stream.pairs)
@@ -277,7 +293,10 @@ def prepare(
         learner.to(accelerator.device)
     trial = fake_batch(learner, views, stream.stored_widths).to(accelerator.device)
     unused = freeze_unused(learner, trial)
-    notes = [*towers.notes, *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers))]
+    notes = [
+        *towers.notes,
+        *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers, stored or {})),
+    ]
     if stream.shares:
         few, many = min(stream.shares), max(stream.shares)
         notes.append(f"processes hold {few} to {many} rows of a batch, and their losses count by them")

@@ -58,6 +58,8 @@ def snapshot(run: Run, state: TrainState, budget: RejectBudget) -> dict[str, Any
             "tokenizer": towers.tokenizer_spec,
             "rejects": budget.state(),
             "teachers": fingerprints(run),
+            "teacher_files": run.teacher_files,
+            "trackers": run.trackers.runs,
             "scaler": None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict(),
             "logs": log_lengths(run.folder, LOGS),
         },

@@ -149,3 +149,27 @@ def test_other_counts_are_compared_and_never_believed(
         f"warning: {folder}/00000.tar: 5 samples were found, sizes.json states 9",
         f"warning: {folder}/00002.tar: 7 samples were found, 00002_stats.json states 8",
     ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"counts": [5, 3]},
+        {"counts": [500, 3, 7, 2, 4, 6]},
+        {"counts": ["5", {}, 7, 2, 4, 6]},
+        {"stride": 0},
+        {"digests": None},
+        {"sizes": [1 << 80] * 6},
+        "[" * 100_000,
+    ],
+)
+def test_a_header_that_is_not_that_of_its_offsets_is_rebuilt(folder: Path, changes: Any) -> None:
+    shards = expand_shards(str(folder))
+    expected = build_index(shards)
+    (header,) = (path for path in folder.glob(".*.json") if "offsets" in json.loads(path.read_text()))
+    document = json.loads(header.read_text())
+    header.write_text(changes if isinstance(changes, str) else json.dumps({**document, **changes}))
+    found = build_index(shards)
+    assert (found.sha, found.num_samples) == (expected.sha, 27)
+    assert np.array_equal(found.offsets, expected.offsets)
+    assert json.loads(header.read_text()) == document

@@ -80,6 +80,17 @@ def test_open_clip_and_clipkit_reload_the_same_model(tmp_path: Path, kind: str) 
     assert ours.preprocess_cfg == towers.preprocess_cfg
 
 
+def test_a_directory_that_asks_for_other_weights_fetches_none(tmp_path: Path) -> None:
+    """Loading would end in an error here, where the hub is out of reach."""
+    towers = trained("timm_vit", tmp_path)
+    out = save_open_clip(towers, tmp_path / "out")
+    document = json.loads((out / "open_clip_config.json").read_text())
+    document["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = True
+    (out / "open_clip_config.json").write_text(json.dumps(document))
+    found = load_open_clip(out).clip.state_dict()
+    assert all(torch.equal(found[name], x) for name, x in towers.clip.state_dict().items())
+
+
 def test_verify_runs_in_a_fresh_process_and_finds_no_difference(tmp_path: Path) -> None:
     towers = trained("timm_resnet", tmp_path)
     towers.freeze("text", "all")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from clipkit.export import load_towers, save_open_clip
 from clipkit.models import TowerOptions, Towers, build
 from clipkit.types import ConfigError
+from tests.conftest import TINY_MODEL
 from tests.models.test_towers import CAPTIONS, IMAGE_TOWERS, ROBERTA, TEXT, VIT, model_cfg
 
 
@@ -213,3 +217,35 @@ def test_a_run_directory_stands_for_its_export(tmp_path: Path) -> None:
     assert same(source, towers, "visual.")
     assert towers.preprocess_cfg["mean"] == [0.5] * 3
     assert same(source, build(model_cfg(), init=str(run)))
+
+
+class Command:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.mark.parametrize("content", ["command", "list", "other", "empty", "cut"])
+def test_a_pickle_beside_a_config_is_not_executed(tmp_path: Path, content: str) -> None:
+    folder = save_open_clip(build(TINY_MODEL), tmp_path / "model")
+    (folder / "open_clip_model.safetensors").unlink()
+    path = folder / "open_clip_pytorch_model.bin"
+    held = {
+        "command": Command(tmp_path / "canary"),
+        "list": [1],
+        "other": {"state_dict": {"a": 1}},
+        "empty": {},
+    }
+    if content == "command":
+        path.write_bytes(pickle.dumps(held["command"], protocol=2))
+    else:
+        torch.save(held.get(content, {"a": torch.ones(2)}), path)
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ConfigError, match=r"open_clip_pytorch_model\.bin cannot be read"):
+        load_towers(folder)
+    assert not (tmp_path / "canary").exists()
