@@ -19,9 +19,8 @@ from clipkit.config.schema import (
     OptimConfig,
     RunConfig,
     Section,
-    as_tuple,
-    refuse,
 )
+from clipkit.config.values import as_tuple, refuse
 from clipkit.redaction import redact_all
 from clipkit.types import ConfigError
 

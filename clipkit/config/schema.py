@@ -2,143 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from clipkit.config.interval import parse_interval
+from clipkit.config.values import (
+    Count,
+    Duration,
+    Every,
+    Freeze,
+    OnSpike,
+    OptionalEvery,
+    Positive,
+    Shards,
+    Text,
+    Trackers,
+    Warmup,
+    WeightEma,
+    Whole,
+    Workers,
+    as_sources,
+    as_tuple,
+    default_workers,
+    refuse,
+)
 from clipkit.data.recipes import read_recipes
 from clipkit.types import ConfigError
-
-
-def _whole(value: Any) -> Any:
-    """YAML reads 12.8e9 as a float; a count written that way is still a count."""
-    return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else value
-
-
-def as_tuple(value: Any) -> Any:
-    """Returns a list as the tuple it becomes in an immutable section; anything else as it is."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def refuse(cause: str, cure: str) -> PydanticCustomError:
-    """Returns the error a validator raises: a cause about the key at hand, and a cure of its own."""
-    # Braces in values must not be read as fields of the message template.
-    return PydanticCustomError("clipkit", "{cause}", {"cause": cause, "cure": cure})
-
-
-def _interval(value: Any) -> int | str:
-    value = _whole(value)
-    try:
-        parse_interval(value)
-    except ValueError as error:
-        raise refuse(str(error), "write 500 (steps), 30min or 5%") from error
-    return value
-
-
-def _warmup(value: Any) -> int | str:
-    value = _whole(value)
-    if not isinstance(value, bool) and value in (0, "0", "0%"):
-        return 0
-    cure = "write 500 (steps) or a share of the run up to 25%"
-    try:
-        parsed = parse_interval(value)
-    except ValueError as error:
-        raise refuse(str(error), cure) from error
-    if parsed.seconds is not None:
-        raise refuse(f"expected a number of steps or a share of the run, not {value!r}", cure)
-    if parsed.fraction is not None and parsed.fraction > 0.25:
-        raise refuse(f"warm-up over 25% of the run, {value!r}", cure)
-    return value
-
-
-def _freeze(value: Any) -> bool | str:
-    if value is True or value is False or value in ("trunk", "all"):
-        return value
-    raise refuse(f"expected false, true, trunk or all, not {value!r}", "true means trunk")
-
-
-def _weight_ema(value: Any) -> bool | float | str:
-    if value is True or value is False or value == "auto":
-        return value
-    if isinstance(value, float) and 0.0 < value < 1.0:
-        return value
-    raise refuse(
-        f"expected auto, true, false or a decay between 0 and 1, not {value!r}",
-        "auto averages the weights of runs on fewer than 20 million pairs",
-    )
-
-
-def _default_workers() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2, usable)
-
-
-def _duration(value: Any) -> str:
-    try:
-        if isinstance(value, str) and parse_interval(value).seconds is not None:
-            return value
-    except ValueError:
-        pass
-    raise refuse(f"expected a time, not {value!r}", "write for example 90s, 30min or 2h")
-
-
-def _on_spike(value: Any) -> Any:
-    """YAML reads a bare `off` as false."""
-    return "off" if value is False else value
-
-
-def _workers(value: Any) -> Any:
-    return _default_workers() if value == "auto" else _whole(value)
-
-
-def _sources(value: Any) -> Any:
-    """A string, or a list of strings, is one source with the default caption field."""
-    if isinstance(value, str):
-        return ({"shards": value},)
-    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
-        return ({"shards": value},)
-    return as_tuple(value)
-
-
-def _one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else as_tuple(value)
-
-
-def _shards(value: Any) -> str | tuple[str, ...]:
-    entries = (value,) if isinstance(value, str) else as_tuple(value)
-    if not isinstance(entries, tuple) or not entries or not all(isinstance(e, str) and e for e in entries):
-        raise refuse(
-            f"expected a path, pattern or folder, or a list of them, not {value!r}",
-            "for example train/{000..015}.tar or a folder of .tar files",
-        )
-    return value if isinstance(value, str) else entries
-
-
-# The names that accelerate.tracking knows; to ask it would load torch.
-Tracker = Literal[
-    "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"
-]
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
-Every = Annotated[int | str, PlainValidator(_interval)]
-OptionalEvery = Annotated[
-    int | str | None, PlainValidator(lambda value: None if value is None else _interval(value))
-]
 
 
 class Section(BaseModel):
@@ -151,7 +41,7 @@ class TowerConfig(Section):
     """One tower. init: weights to start from; freeze: false, true (= trunk), trunk or all; lr: own rate."""
 
     init: Text | None = None
-    freeze: Annotated[bool | str, PlainValidator(_freeze)] = False
+    freeze: Freeze = False
     lr: Positive | None = None
 
 
@@ -218,7 +108,7 @@ class CaptionConfig(Section):
 class SourceConfig(Section):
     """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture."""
 
-    shards: Annotated[str | tuple[str, ...], PlainValidator(_shards)]
+    shards: Shards
     captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         CaptionConfig(),
     )
@@ -243,10 +133,10 @@ class DataConfig(Section):
     epoch is read, in an order of whole shards.
     """
 
-    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), Field(min_length=1)]
+    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources), Field(min_length=1)]
     batch_size: Count
     micro_batch: Count | None = None
-    workers: Annotated[int, BeforeValidator(_workers), Field(ge=0)] = Field(default_factory=_default_workers)
+    workers: Workers = Field(default_factory=default_workers)
     lanes: Count | None = None
     uneven: bool = False
     window_bytes: Count = 1 << 30
@@ -315,7 +205,7 @@ class OptimConfig(Section):
     eps: Positive = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     clip_norm: Positive | None = 1.0
-    warmup: Annotated[int | str, PlainValidator(_warmup)] = "5%"
+    warmup: Warmup = "5%"
     schedule: Literal["cosine", "constant"] = "cosine"
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -369,18 +259,18 @@ class RunConfig(Section):
     background_save: bool = True
     evaluate_every: OptionalEvery = None
     evaluate: Annotated[tuple[EvaluateConfig, ...], BeforeValidator(as_tuple)] = ()
-    trackers: Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)] = ()
+    trackers: Trackers = ()
     log_every: Count = 10
     diagnose_every: Count = 100
-    weight_ema: Annotated[bool | float | str, PlainValidator(_weight_ema)] = "auto"
+    weight_ema: WeightEma = "auto"
     world_size: Count | None = None
     deterministic: bool = False
     threads: Count | None = None
     max_skipped_steps: Count | None = None
-    timeout: Annotated[str, PlainValidator(_duration)] = "30min"
+    timeout: Duration = "30min"
     resume_data: Literal["exact", "restart_epoch", "continue_reseeded"] = "exact"
     sharding: Literal["none", "fsdp2"] = "none"
-    on_spike: Annotated[Literal["off", "warn", "skip", "rollback"], BeforeValidator(_on_spike)] = "warn"
+    on_spike: OnSpike = "warn"
 
     @model_validator(mode="after")
     def _shards_in_range(self) -> RunConfig:

@@ -263,6 +263,26 @@ def check_world(config: Config, world: World, saved: dict[str, Any] | None = Non
         check_shares(world.size, rows, f"data.batch_size={rows} (all processes)", config.data.uneven)
 
 
+def _notes(
+    config: Config, accelerator: Accelerator, stream: TrainStream, learner: Learner, unused: Sequence[str]
+) -> list[str]:
+    """What a user should know of a run before its first step. unused: parameters without a gradient."""
+    notes = []
+    if stream.shares:
+        few, many = min(stream.shares), max(stream.shares)
+        notes.append(f"processes hold {few} to {many} rows of a batch, and their losses count by them")
+    if unused:
+        whole = shortened(unused, [name for name, _ in learner.named_parameters()])
+        notes.append(f"without gradient, frozen and left out of the optimizer: {', '.join(whole)}")
+    if config.run.precision == "bf16" and accelerator.device.type == "cpu":
+        slowdown = bf16_slowdown(accelerator.device)
+        if slowdown > 2:
+            notes.append(
+                f"bf16 is {slowdown:.0f} times slower than fp32 on this processor; set run.precision: fp32"
+            )
+    return notes
+
+
 def prepare(
     config: Config,
     folder: Path,
@@ -297,19 +317,8 @@ def prepare(
         *towers.notes,
         *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers, stored or {})),
     ]
-    if stream.shares:
-        few, many = min(stream.shares), max(stream.shares)
-        notes.append(f"processes hold {few} to {many} rows of a batch, and their losses count by them")
     notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
-    if unused:
-        whole = shortened(unused, [name for name, _ in learner.named_parameters()])
-        notes.append(f"without gradient, frozen and left out of the optimizer: {', '.join(whole)}")
-    if config.run.precision == "bf16" and accelerator.device.type == "cpu":
-        slowdown = bf16_slowdown(accelerator.device)
-        if slowdown > 2:
-            notes.append(
-                f"bf16 is {slowdown:.0f} times slower than fp32 on this processor; set run.precision: fp32"
-            )
+    notes += _notes(config, accelerator, stream, learner, unused)
     optimizer = make_optimizer(config, learner)
     total = config.total_steps(stream.steps_per_epoch)
     notes += check_schedule(config, total)

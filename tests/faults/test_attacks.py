@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import clipkit.data.remote
 from clipkit.checkpoint import manifest as manifest_files
 from clipkit.cli import main
 from clipkit.config import make_config
@@ -123,9 +124,10 @@ def test_f27_pipes_must_be_allowed(tmp_path: Path) -> None:
     "neither stands in any file of the run directory, nor on the screen",
 )
 def test_f30_a_run_keeps_the_secrets_of_its_shards(
-    tiny_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a server with a login and a signature: neither is in anything that is written or shown."""
+    monkeypatch.setattr(clipkit.data.remote, "RETRIES", (0.0,))
     with serving(tiny_shards) as server:
         spec = server.url.replace("//", "//user:CANARY@") + "/{00000..00004}.tar?sig=CANARY"
         config = values(tiny_shards, tmp_path / "run", run__steps=8, data__max_lost_chunks=1)

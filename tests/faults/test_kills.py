@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -63,8 +65,14 @@ def kill_when(moment: Callable[[Path], bool], run: Path, command: list[str]) -> 
         assert time.monotonic() < deadline
         assert running.poll() is None
         time.sleep(0.0005)
+    # The ranks of torchrun are in groups of their own.
+    below = psutil.Process(running.pid).children(recursive=True)
     os.killpg(running.pid, signal.SIGKILL)
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     assert running.wait(20) == -signal.SIGKILL
+    assert not psutil.wait_procs(below, 20)[1]
 
 
 @pytest.mark.timeout(1500)  # imports of fresh processes on a machine with other work

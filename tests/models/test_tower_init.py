@@ -246,6 +246,6 @@ def test_a_pickle_beside_a_config_is_not_executed(tmp_path: Path, content: str) 
         torch.save(held.get(content, {"a": torch.ones(2)}), path)
     if content == "cut":
         path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ConfigError, match=r"open_clip_pytorch_model\.bin cannot be read"):
+    with pytest.raises(ConfigError, match=r"open_clip_pytorch_model\.bin (cannot be read|is a pickle)"):
         load_towers(folder)
     assert not (tmp_path / "canary").exists()

@@ -177,11 +177,13 @@ def test_a_continued_run_says_what_is_exact() -> None:
             world=World(0, world),
             accelerator=SimpleNamespace(device=torch.device(device)),
             config=SimpleNamespace(run=SimpleNamespace(deterministic=fixed)),
+            bare=None,
         )
         manifest = {
             "world_size": 2,
             "versions": {"torch": torch_version or versions()["torch"]},
             "identity": {},
+            "files": {},
         }
         return guarantee(run, Checkpoint(Path(), 3, manifest))  # type: ignore[arg-type]
 
