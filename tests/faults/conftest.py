@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import write_tiny_shards
 from tests.data.makers import write_shards
 from tests.faults import table
+from tests.train.runs import values
 
 _rows: dict[str, list[table.Row]] = {}
 _outcomes: dict[table.Row, list[str]] = {}
@@ -21,6 +23,18 @@ _measured: dict[table.Row, list[Any]] = {}
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 samples in five uneven shards."""
     return write_shards(tmp_path_factory.mktemp("uneven"), [37, 1, 50, 9, 23])
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """24 samples in two shards, for a test to damage."""
+    return write_tiny_shards(tmp_path / "shards", samples=24, per_shard=12)
+
+
+@pytest.fixture
+def config(shards: Path, tmp_path: Path) -> dict[str, Any]:
+    """Values of a run of two steps on `shards`."""
+    return values(shards, tmp_path / "run", run__steps=2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,21 +22,8 @@ from clipkit.data.indexing import build_index
 from clipkit.data.sample import RawSample, Unusable, caption, decode_image
 from clipkit.types import DataError
 from tests.commands import fails, write
-from tests.conftest import write_tiny_shards
 from tests.data.makers import encoded, global_run, good, png, raw, same, stream, take, write_shards, write_tar
-from tests.train.runs import values
 from tests.train.test_pretrain import spoil
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    return write_tiny_shards(tmp_path / "shards", samples=24, per_shard=12)
-
-
-@pytest.fixture
-def config(shards: Path, tmp_path: Path) -> dict[str, Any]:
-    return values(shards, tmp_path / "run", run__steps=2)
-
 
 BAD: dict[int, tuple[str, list[tuple[str, bytes]]]] = {
     3: ("bad image", [("000003.png", png(3)[:40]), ("000003.txt", b"x")]),

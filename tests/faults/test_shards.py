@@ -27,10 +27,8 @@ from clipkit.dist import World
 from clipkit.types import ConfigError, DataError
 from tests.checkpoint.children import in_child
 from tests.commands import fails, write
-from tests.conftest import write_tiny_shards
 from tests.data.makers import global_run, good, same, stream, take, write_shards, write_tar
 from tests.data.servers import serving
-from tests.train.runs import values
 
 
 @pytest.fixture
@@ -156,16 +154,6 @@ def test_f05_every_cut_is_found(shard: Path, tmp_path: Path) -> None:
         cut.write_bytes(data[:length])
         with pytest.raises(DataError):
             scan_shard(str(cut))
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    return write_tiny_shards(tmp_path / "shards", samples=24, per_shard=12)
-
-
-@pytest.fixture
-def config(shards: Path, tmp_path: Path) -> dict[str, Any]:
-    return values(shards, tmp_path / "run", run__steps=2)
 
 
 @pytest.mark.fault(
