@@ -39,6 +39,7 @@ app.command("probe")(evaluating.probe)
 app.command("export")(evaluating.export)
 app.command("index")(data.index)
 app.command("test-objective")(objectives.check_objective)
+app.add_typer(data.app, name="data")
 app.add_typer(configs.app, name="configs")
 app.command("doctor")(machine.doctor)
 

@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 import types
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipkit.data.engine import Engine
 from clipkit.types import ConfigError, DataError
 
 Progress = Callable[[int], None]
@@ -136,8 +136,8 @@ def write_train_parts(
     """
     _begin(out, "sizes.json", "manifest.json")
     jobs = [(out / shard_name(number), part) for number, part in enumerate(parts)]
-    records = run_jobs(_write_part, jobs, workers=workers, count=lambda done: done.samples, progress=progress)
-    return finish_train_shards(out, list(records))
+    count = None if progress is None else lambda record: progress(record.samples)
+    return finish_train_shards(out, list(Engine(workers).map(_write_part, jobs, count)))
 
 
 def finish_train_shards(out: Path, records: Sequence[ShardRecord]) -> list[ShardRecord]:
@@ -197,30 +197,6 @@ def write_evaluation_set(
     return records
 
 
-def run_jobs(
-    function: Callable[..., Any],
-    jobs: Sequence[tuple[Any, ...]],
-    *,
-    workers: int,
-    count: Callable[[Any], int] | None = None,
-    progress: Progress | None = None,
-) -> Iterator[Any]:
-    """Yields function(*job) for every job, in order, from `workers` processes (here when one is enough)."""
-
-    def report(result: Any) -> Any:
-        if progress is not None and count is not None:
-            progress(count(result))
-        return result
-
-    if workers <= 1 or len(jobs) <= 1:
-        for job in jobs:
-            yield report(function(*job))
-        return
-    with multiprocessing.get_context().Pool(min(workers, len(jobs))) as pool:
-        for result in pool.imap(_call, [(function, job) for job in jobs]):
-            yield report(result)
-
-
 def shard_name(number: int) -> str:
     """Returns the file name of training shard `number`."""
     return f"{number:05d}.tar"
@@ -231,11 +207,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
-
-
-def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
-    function, arguments = job
-    return function(*arguments)
 
 
 def _write_part(path: Path, part: Callable[[], Iterable[Sample]]) -> ShardRecord:

@@ -17,13 +17,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from clipkit.data.engine import Engine
 from clipkit.data.glyphs.corpus import finished_corpus
 from clipkit.data.glyphs.faces import FACES, HELD_OUT_FACE, TRAIN_FACES, Draws, coverage, encode_png, font
 from clipkit.data.shards import (
     EvaluationItem,
     Progress,
     Sample,
-    run_jobs,
     write_evaluation_set,
     write_text,
     write_train_parts,
@@ -125,9 +125,8 @@ def make_characters(
     ]
     write_train_parts(parts, out / "train", workers=workers, progress=progress)
     jobs = [(name, out, count, size) for name in SETS]
-    written = run_jobs(
-        _write_set, jobs, workers=workers, count=lambda entry: int(entry["images"]), progress=progress
-    )
+    on_set = None if progress is None else lambda entry: progress(int(entry["images"]))
+    written = list(Engine(workers).map(_write_set, jobs, on_set))
     description = {
         **settings,
         "train": num_pairs,

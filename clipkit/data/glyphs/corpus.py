@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clipkit.data.engine import Engine
 from clipkit.data.glyphs.faces import HELD_OUT_FACE, Draws
 from clipkit.data.glyphs.scenes import (
     COLOURS,
@@ -39,7 +40,6 @@ from clipkit.data.shards import (
     EvaluationItem,
     Progress,
     Sample,
-    run_jobs,
     write_evaluation_set,
     write_text,
     write_train_parts,
@@ -147,9 +147,8 @@ def make_scenes(
     ]
     write_train_parts(parts, out / "train", workers=workers, progress=progress)
     jobs = [(name, out, evaluation, seed, size) for name in SETS]
-    written = run_jobs(
-        _write_set, jobs, workers=workers, count=lambda entry: int(entry["images"]), progress=progress
-    )
+    on_set = None if progress is None else lambda entry: progress(int(entry["images"]))
+    written = list(Engine(workers).map(_write_set, jobs, on_set))
     description = {
         **settings,
         "train_path": "train",

@@ -1,0 +1,25 @@
+"""`clipkit index` and the jobs of `clipkit data`: one file each, one program each in data_scripts/."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from clipkit.cli.data.index import index
+
+__all__ = ["app", "index", "script"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make, check, describe, reshard and filter shards.",
+)
+
+
+def script(job: str) -> int:
+    """Runs `clipkit data JOB` with the arguments of this process and returns its exit code."""
+    from clipkit.cli.app import main
+
+    return main(["data", job, *sys.argv[1:]])

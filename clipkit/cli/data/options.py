@@ -1,0 +1,47 @@
+"""Options that the data jobs share, spelled once, and the engine and progress they ask for."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from clipkit.data.engine import Engine
+from clipkit.types import ConfigError
+
+
+class EngineName(StrEnum):
+    """Where parts of a job run."""
+
+    processes = "processes"
+    ray = "ray"
+
+
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes, or Ray tasks at a time.")]
+EngineOption = Annotated[
+    EngineName, typer.Option("--engine", help="Processes of this machine, or a Ray cluster (clipkit[ray]).")
+]
+StartOption = Annotated[
+    int, typer.Option("--start", min=0, help="Number of the first part, for a share of the job.")
+]
+EndOption = Annotated[int | None, typer.Option("--end", min=1, help="Number after the last part.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check, say what would be done, write nothing.")
+]
+
+
+def engine_of(workers: int, name: EngineName) -> Engine:
+    """Returns the engine that the options ask for."""
+    return Engine(workers, name.value)
+
+
+def share(start: int, end: int | None, total: int, what: str = "parts") -> range:
+    """Returns the numbers that --start and --end name of `total`; ConfigError when they name none."""
+    last = total if end is None else end
+    if not 0 <= start < last <= total:
+        raise ConfigError(
+            f"--start {start} and --end {last} name none of {total:,} {what}",
+            f"choose 0 <= start < end <= {total}",
+        )
+    return range(start, last)

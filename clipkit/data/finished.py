@@ -1,0 +1,51 @@
+"""What of a job is done already: a small record per finished output, valid for one description of the job.
+
+An output is renamed into place before its record is written, so a record never speaks of less than the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipkit.data.shards import write_text
+
+FOLDER = ".clipkit-job"
+
+
+class Finished:
+    """Records of the finished outputs of a job in `folder`/.clipkit-job.
+
+    job: everything that the bytes of the outputs depend on, JSON-able. Records of another description are
+    removed when the first record of this one is written.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
+        text = json.dumps(job, sort_keys=True, ensure_ascii=False)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._all = folder / FOLDER
+        self._own = self._all / self.digest
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """Returns the record of output `name`, None when it is not finished or its record is damaged."""
+        try:
+            record = json.loads((self._own / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # made again: the same bytes
+        return record if isinstance(record, dict) else None
+
+    def put(self, name: str, record: Mapping[str, Any]) -> None:
+        """Writes the record of output `name`."""
+        if not self._own.is_dir():
+            for other in self._all.glob("*"):
+                shutil.rmtree(other)
+            self._own.mkdir(parents=True, exist_ok=True)
+        write_text(self._own / f"{name}.json", json.dumps(record, ensure_ascii=False))
+
+    def clear(self) -> None:
+        """Removes all records, once the job as a whole is finished."""
+        shutil.rmtree(self._all, ignore_errors=True)
