@@ -30,6 +30,7 @@ _IDENTITY = (
     "model",
     "objectives",
     "data.train",
+    "data.holdout",
     "data.batch_size",
     "data.lanes",
     "data.window_bytes",
@@ -77,6 +78,16 @@ class Config(Section):
             raise refuse(
                 "run.epochs needs the number of samples, which data.index: lazy does not know",
                 "give run.samples or run.steps instead",
+            )
+        if self.data.holdout is not None and self.data.index == "lazy":
+            raise refuse(
+                "data.holdout picks pairs before the first step, when data.index: lazy does not know them",
+                "leave data.index out, or evaluate on a set of its own (run.evaluate)",
+            )
+        if self.data.holdout is not None and "holdout" in {entry.label for entry in self.run.evaluate}:
+            raise refuse(
+                "an evaluation is called holdout, and so is the one of data.holdout",
+                "give the entry of run.evaluate another `name`",
             )
         if self.data.uneven and self.data.index == "lazy":
             raise refuse(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from clipkit import dist
+from clipkit.data.held_pairs import HeldOut, HeldPairs, read_held
+from clipkit.data.holdout import kept_samples
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
@@ -29,6 +31,7 @@ from clipkit.data.tar_index import Index
 from clipkit.data.targets import stored_widths
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
+from clipkit.data.waiting import together
 from clipkit.data.window import WindowReader, first_samples
 from clipkit.data.workers import RowReader, built_parts
 from clipkit.types import Batch, ConfigError
@@ -37,7 +40,7 @@ __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStre
 
 _STATE_KEYS = (
     "order_version", "exact", "seed", "batch_size", "lanes", "chunk_size", "window_chunks", "num_samples",
-    "index_sha", "first_lanes", "first_window", "shards_sha",
+    "index_sha", "first_lanes", "first_window", "shards_sha", "held_out",
 )  # fmt: skip
 
 
@@ -52,11 +55,13 @@ class TrainStream:
     steps_per_epoch  N // B, the same on every rank
     exact            whether order and position are exact (see `state`)
     changed          why the saved position was not continued, None where it was
+    held             what is held out of every source, () for nothing
     on_indexing      called with a line when the first epoch of `data.index: lazy` is over and what is left of
                      the set is about to be indexed, which may take long
     """
 
     changed: str | None = None
+    held: tuple[HeldOut, ...] = ()
 
     def __init__(
         self,
@@ -139,10 +144,16 @@ class TrainStream:
         assert self.num_samples is not None
         return self.num_samples
 
+    def held_pairs(self) -> list[HeldPairs]:
+        """Returns the pairs that are held out, read from the shards; called by all ranks."""
+        return [read_held(held, self._options) for held in self.held]
+
     def summary(self) -> str:
         """Returns a line about size and order."""
         exact = "exact order" if self.exact else "exact: false (this source cannot be indexed)"
-        return f"{self.num_samples:,} samples, {self.steps_per_epoch:,} steps per epoch, {exact}"
+        held = sum(len(source.kept.held) for source in self.held)
+        besides = f" ({held:,} more are held out)" if held else ""
+        return f"{self.num_samples:,} samples{besides}, {self.steps_per_epoch:,} steps per epoch, {exact}"
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raises PositionChangedError naming the keys in which a saved position differs."""
@@ -231,7 +242,7 @@ def open_train(
             f"data.train has {len(options.source.captions)} caption fields; this version reads one",
             "keep one entry in data.train.captions",
         )
-    shards = expand_shards(options.source.shards, allow_pipe=options.allow_pipe)
+    shards: list[str] = together(lambda: expand_shards(options.source.shards, allow_pipe=options.allow_pipe))
     recipe = Recipe(
         tuple(image_views),
         tuple(text_views),
@@ -268,6 +279,11 @@ def open_train(
 def _open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World) -> TrainStream:
     from clipkit.data.stream import open_stream
 
+    if options.holdout is not None:
+        raise ConfigError(
+            "data.holdout needs an index, and these shards are read as a stream (exact: false)",
+            "use plain .tar files, or leave data.holdout out and evaluate on a set of its own (run.evaluate)",
+        )
     return open_stream(options, shards, recipe, world)
 
 
@@ -275,11 +291,12 @@ def _open_indexed(
     options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World, saved: dict[str, Any] | None
 ) -> TrainStream:
     index = shared_index(shards, options, world)
+    kept = kept_samples(index, options)
     source = ShardBytes(index, options.storage)
-    sizes = order_sizes(index, index.num_samples, index.stride, options, world, saved)
-    order = Order(index.counts, options.batch_size, *sizes, options.seed)
+    sizes = order_sizes(index, kept.num_samples, index.stride, options, world, saved)
+    order = Order(kept.counts, options.batch_size, *sizes, options.seed)
     widths = stored_widths(first_samples(index, source), recipe.stored, options.max_consecutive)
-    recipe = replace(recipe.for_pairs(index.num_samples), widths=widths)
+    recipe = replace(recipe.for_pairs(kept.num_samples), widths=widths)
     lanes = {"lanes": order.lanes, "chunk_size": order.chunk_size, "window_chunks": order.window_chunks}
     position = {
         "order_version": ORDER_VERSION,
@@ -287,25 +304,30 @@ def _open_indexed(
         "seed": options.seed,
         "batch_size": options.batch_size,
         **lanes,
-        "num_samples": index.num_samples,
+        "num_samples": kept.num_samples,
         "index_sha": index.sha,
+        **({"held_out": kept.sha} if kept.sha else {}),
     }
     banner = {
-        "samples": index.num_samples,
+        "samples": kept.num_samples,
         "shards": len(shards),
         "exact": True,
         **lanes,
         "ignored_members": index.ignored,
         "index": index.file or "in memory",
+        **({"held_out": len(kept.held)} if kept.sha else {}),
     }
-    return TrainStream(
-        WindowReader(index, order, recipe, options, source),
+    stream = TrainStream(
+        WindowReader(kept, order, recipe, options, source),
         RowRanges(options.batch_size, order.lanes, world, options.workers, options.uneven),
         recipe,
         options,
         position,
         banner,
     )
+    if kept.sha:
+        stream.held = (HeldOut(kept, options.source.captions),)
+    return stream
 
 
 def order_sizes(
