@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from clipkit.data.loader import CaptionField, LoaderOptions, Source, open_train
 from clipkit.data.source import expand_shards
@@ -46,7 +46,7 @@ def samples_of(tars: list[str]) -> Iterator[dict[str, Any]]:
     """The samples as webdataset groups them; it leaves files open itself."""
     for path in tars:
         with open(path, "rb") as stream:
-            yield from group_by_keys(tar_file_iterator(stream))
+            yield from group_by_keys(tar_file_expander([{"url": path, "stream": stream}]))
 
 
 @pytest.mark.parametrize("field", ["txt", "json.caption", "json.uid"])
