@@ -276,7 +276,13 @@ def test_bad_overrides_are_named(tmp_path: Path, override: str, cause: str) -> N
         ("data", "batch_size: 8\n  lanes: 3", "lanes 3 does not divide batch_size 8", "divisor"),
         ("data", "batch_size: 8\n  crop_scale: [0.9, 0.5]", "not a range of areas", "0 < low <= high <= 1"),
         ("data", "batch_size: 8\n  train: 7", "data.train", "list"),
-        ("data", "batch_size: 8\n  train: [{shards: a}, {shards: b}]", "2 sources", "one source"),
+        (
+            "data",
+            "batch_size: 8\n  train: [{shards: a, name: c}, {shards: b, name: c}]",
+            "two sources are called c",
+            "a name of its own",
+        ),
+        ("data", "batch_size: 8\n  train: [{shards: a, weight: 0}]", "expected a number above 0", "above 0"),
     ],
 )
 def test_one_wrong_line_is_named_with_its_cure(

@@ -78,6 +78,11 @@ class Config(Section):
                 "run.epochs needs the number of samples, which data.index: lazy does not know",
                 "give run.samples or run.steps instead",
             )
+        if self.data.index == "lazy" and len(self.data.train) > 1:
+            raise refuse(
+                "data.index: lazy does not go with several sources: their sizes must be known",
+                "leave data.index out; `clipkit index` prepares the sources, on several machines if need be",
+            )
         if self.data.uneven and self.data.index == "lazy":
             raise refuse(
                 "data.uneven does not go with data.index: lazy, whose first epoch deals whole shards",

@@ -106,13 +106,19 @@ class CaptionConfig(Section):
 
 
 class SourceConfig(Section):
-    """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture."""
+    """Shards (paths, braces, globs or a folder) and their caption fields.
+
+    weight: the part of the samples seen that are of this source; 7 and 3 mean the same as 0.7 and 0.3, and
+    every batch is divided so, to within one sample. name: what its samples are counted under; by default the
+    folder of the shards.
+    """
 
     shards: Shards
     captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         CaptionConfig(),
     )
     weight: Positive = 1.0
+    name: Text | None = None
 
 
 class StorageConfig(Section):
@@ -130,7 +136,8 @@ class DataConfig(Section):
     max_lost_chunks: how many chunks may stay unreadable, their samples replaced and listed in rejects.jsonl;
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
     index_dir: a folder with the index that `clipkit index --out` made; index: lazy builds it while the first
-    epoch is read, in an order of whole shards.
+    epoch is read, in an order of whole shards. Several sources in `train` make a mixture, whose epoch is as
+    many samples as all of them hold, whichever they are from.
     """
 
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources), Field(min_length=1)]
@@ -155,13 +162,13 @@ class DataConfig(Section):
 
     @field_validator("train")
     @classmethod
-    def _one_source(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-        if len(value) > 1 or len(value[0].captions) > 1:
-            raise refuse(
-                f"{len(value)} sources with {len(value[0].captions)} caption fields in the first; "
-                "exactly one source with one caption field is read",
-                "name one source (its shards may be a list) and one caption field",
-            )
+    def _sources(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        if any(len(source.captions) > 1 for source in value):
+            raise refuse("a source has several caption fields; one is read", "name one caption field")
+        named = [source.name for source in value if source.name is not None]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise refuse(f"two sources are called {', '.join(twice)}", "give each a name of its own")
         return value
 
     @field_validator("recipes")

@@ -15,11 +15,16 @@ class CaptionField:
 
 @dataclass(frozen=True)
 class Source:
-    """A set of shards and the fields its captions are read from."""
+    """A set of shards and the fields its captions are read from.
+
+    weight  of each of its samples among those of other sources: their parts of a batch are as the weights
+    name    under which its samples are counted; None: from the path of the shards
+    """
 
     shards: str | tuple[str, ...]
     captions: tuple[CaptionField, ...] = (CaptionField(),)
     weight: float = 1.0
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ DEFAULT_STORAGE = Storage()
 class LoaderOptions:
     """Options of the training stream.
 
+    source               one, or several that make a mixture
     batch_size           samples over all ranks
     workers              worker processes per rank; 0 builds batches in the main process
     lanes                None: chosen from batch size and ranks
@@ -55,7 +61,7 @@ class LoaderOptions:
     index                "eager": before the first step; "lazy": while the first epoch is read
     """
 
-    source: Source
+    source: Source | tuple[Source, ...]
     batch_size: int
     seed: int
     workers: int = 0
@@ -74,3 +80,8 @@ class LoaderOptions:
     index_dir: str | None = None
     index: str = "eager"
     storage: Storage = DEFAULT_STORAGE
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All sources, also where there is one."""
+        return (self.source,) if isinstance(self.source, Source) else self.source
