@@ -22,6 +22,7 @@ from clipkit.config.values import (
     WeightEma,
     Whole,
     Workers,
+    as_captions,
     as_sources,
     as_tuple,
     default_workers,
@@ -99,20 +100,39 @@ class ObjectiveConfig(Section):
 
 
 class CaptionConfig(Section):
-    """Where a caption is read: `txt`, or a path into the JSON member such as `json.caption`."""
+    """Where captions are read: `txt`, or a path into the JSON member such as `json.caption`.
+
+    A JSON list holds several captions, and with `lines: true` so does a text, one on each line: one of them
+    is drawn. weight: how often the field is drawn, relative to the others.
+    """
 
     field: Text = "txt"
     weight: Positive = 1.0
+    lines: bool = False
 
 
 class SourceConfig(Section):
-    """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture."""
+    """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture.
+
+    missing: a sample without the field drawn for it gets one of the fields that it has (fallback), or is
+    replaced and listed in rejects.jsonl (reject).
+    """
 
     shards: Shards
-    captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+    captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_captions), Field(min_length=1)] = (
         CaptionConfig(),
     )
+    missing: Literal["fallback", "reject"] = "fallback"
     weight: Positive = 1.0
+
+    @field_validator("captions")
+    @classmethod
+    def _fields_once(cls, value: tuple[CaptionConfig, ...]) -> tuple[CaptionConfig, ...]:
+        names = [caption.field for caption in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise refuse(f"the field {', '.join(twice)} is named twice", "name it once, with a larger weight")
+        return value
 
 
 class StorageConfig(Section):
@@ -156,11 +176,9 @@ class DataConfig(Section):
     @field_validator("train")
     @classmethod
     def _one_source(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-        if len(value) > 1 or len(value[0].captions) > 1:
+        if len(value) > 1:
             raise refuse(
-                f"{len(value)} sources with {len(value[0].captions)} caption fields in the first; "
-                "exactly one source with one caption field is read",
-                "name one source (its shards may be a list) and one caption field",
+                f"{len(value)} sources; exactly one is read", "name one source (its shards may be a list)"
             )
         return value
 

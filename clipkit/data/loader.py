@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from clipkit import dist
+from clipkit.data.captions import CaptionRules
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
@@ -167,6 +168,11 @@ class TrainStream:
         return f"{sizes}; with data.uneven=true any number up to {self._ranges.lanes}"
 
     @property
+    def counted(self) -> tuple[str, ...]:
+        """The names that `Batch.counts` may hold."""
+        return self._recipe.captions.counted
+
+    @property
     def shares(self) -> tuple[int, ...]:
         """The rows of a global batch on every rank, () where all hold equally many."""
         return self._ranges.shares
@@ -226,16 +232,11 @@ def open_train(
     Samples need the members that are named by the views, labels and stored vectors, and no others.
     Raises ConfigError or DataError, the same on every rank.
     """
-    if len(options.source.captions) != 1:
-        raise ConfigError(
-            f"data.train has {len(options.source.captions)} caption fields; this version reads one",
-            "keep one entry in data.train.captions",
-        )
     shards = expand_shards(options.source.shards, allow_pipe=options.allow_pipe)
     recipe = Recipe(
         tuple(image_views),
         tuple(text_views),
-        options.source.captions[0].field,
+        CaptionRules(options.source.captions, options.source.missing),
         options.max_pixels,
         options.seed,
         tuple(labels),

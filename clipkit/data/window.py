@@ -72,13 +72,13 @@ class WindowRows(ABC):
             self._asked = row
             yield row
 
-    def _row(self, window: Loaded, at: int, slot: int) -> Row:
+    def _row(self, window: Loaded, at: int, epoch: int, slot: int) -> Row:
         refused: list[tuple[str, int, Unusable]] = []
         for sample_id, sample in self._candidates(window, at):
             try:
                 if isinstance(sample, Unusable):
                     raise sample
-                content = self.recipe.prepare(sample)
+                content = self.recipe.prepare(sample, epoch, slot)
             except Unusable as problem:
                 refused.append((self._key(sample_id, sample), sample_id, problem))
                 if len(refused) >= self.max_consecutive:
@@ -151,7 +151,7 @@ class WindowReader(WindowRows):
             if window is None or not window.start <= position < window.start + len(window.ids):
                 self._windows.pop(lane, None)
                 window = self._windows[lane] = self._load(lane, position)
-            yield self._row(window, position - window.start, within * self.order.batch_size + row)
+            yield self._row(window, position - window.start, epoch, within * self.order.batch_size + row)
 
     def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
         for step in range(1, self.index.num_samples):

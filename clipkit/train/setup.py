@@ -175,7 +175,10 @@ def open_stream(
     source = data.train[0]
     options = LoaderOptions(
         source=Source(
-            source.shards, tuple(CaptionField(c.field, c.weight) for c in source.captions), source.weight
+            source.shards,
+            tuple(CaptionField(caption.field, caption.weight, caption.lines) for caption in source.captions),
+            source.weight,
+            source.missing,
         ),
         batch_size=data.batch_size,
         seed=config.run.seed,
