@@ -43,6 +43,8 @@ _IDENTITY = (
     "run.seed",
     "run.weight_ema",
 )
+# Values that say what runs did before these keys existed: they tell no two runs apart.
+_AS_BEFORE = {"missing": "fallback", "lines": False}
 _WARMUP_LIMIT = 0.25
 
 
@@ -140,7 +142,7 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """Returns dotted key -> value of everything that must stay the same when a run is continued."""
-        return {key: value for key, value in self.flat().items() if key.startswith(_IDENTITY)}
+        return _identity_of(self.values())
 
     def digest(self) -> str:
         """Returns a short hash of `identity()`."""
@@ -161,7 +163,11 @@ class Config(Section):
 
 
 def _identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in _flatten(redact_all(values)).items() if key.startswith(_IDENTITY)}
+    return {
+        key: value
+        for key, value in _flatten(redact_all(values)).items()
+        if key.startswith(_IDENTITY) and _AS_BEFORE.get(key.rpartition(".")[2]) != value
+    }
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from clipkit.config.values import (
     WeightEma,
     Whole,
     Workers,
+    as_captions,
     as_sources,
     as_tuple,
     default_workers,
@@ -99,10 +100,15 @@ class ObjectiveConfig(Section):
 
 
 class CaptionConfig(Section):
-    """Where a caption is read: `txt`, or a path into the JSON member such as `json.caption`."""
+    """Where captions are read: `txt`, or a path into the JSON member such as `json.caption`.
+
+    A JSON list holds several captions, and with `lines: true` so does a text, one on each line: one of them
+    is drawn. weight: how often the field is drawn, relative to the others.
+    """
 
     field: Text = "txt"
     weight: Positive = 1.0
+    lines: bool = False
 
 
 class SourceConfig(Section):
@@ -110,15 +116,26 @@ class SourceConfig(Section):
 
     weight: the part of the samples seen that are of this source; 7 and 3 mean the same as 0.7 and 0.3, and
     every batch is divided so, to within one sample. name: what its samples are counted under; by default the
-    folder of the shards.
+    folder of the shards. missing: a sample without the field drawn for it gets one of the fields that it has
+    (fallback), or is replaced and listed in rejects.jsonl (reject).
     """
 
     shards: Shards
-    captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+    captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_captions), Field(min_length=1)] = (
         CaptionConfig(),
     )
+    missing: Literal["fallback", "reject"] = "fallback"
     weight: Positive = 1.0
     name: Text | None = None
+
+    @field_validator("captions")
+    @classmethod
+    def _fields_once(cls, value: tuple[CaptionConfig, ...]) -> tuple[CaptionConfig, ...]:
+        names = [caption.field for caption in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise refuse(f"the field {', '.join(twice)} is named twice", "name it once, with a larger weight")
+        return value
 
 
 class StorageConfig(Section):
@@ -162,9 +179,7 @@ class DataConfig(Section):
 
     @field_validator("train")
     @classmethod
-    def _sources(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-        if any(len(source.captions) > 1 for source in value):
-            raise refuse("a source has several caption fields; one is read", "name one caption field")
+    def _names_once(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         named = [source.name for source in value if source.name is not None]
         twice = sorted({name for name in named if named.count(name) > 1})
         if twice:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from clipkit import dist
+from clipkit.data.captions import CaptionRules
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
@@ -177,6 +178,11 @@ class TrainStream:
         return f"{sizes}; with data.uneven=true any number up to {self._ranges.lanes}"
 
     @property
+    def counted(self) -> tuple[str, ...]:
+        """The names that `Batch.counts` may hold."""
+        return self._recipe.captions.counted
+
+    @property
     def shares(self) -> tuple[int, ...]:
         """The rows of a global batch on every rank, () where all hold equally many."""
         return self._ranges.shares
@@ -250,7 +256,7 @@ def open_train(
         Recipe(
             tuple(image_views),
             tuple(text_views),
-            source.captions[0].field,
+            CaptionRules(source.captions, source.missing),
             options.max_pixels,
             options.seed,
             tuple(labels),

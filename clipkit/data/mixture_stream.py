@@ -36,11 +36,15 @@ _ONE_BY_ONE = "use plain .tar files for every source of a mixture, or train on t
 class MixtureReader(RowBuilder):
     """Builds rows of the global batches of a mixture from the readers of its sources. Picklable.
 
-    Ids of samples run on from source to source.
+    Ids of samples run on from source to source. names: of the sources, for what is counted.
     """
 
-    def __init__(self, mixture: Mixture, readers: Sequence[WindowReader], steps_per_epoch: int) -> None:
+    def __init__(
+        self, mixture: Mixture, names: Sequence[str], readers: Sequence[WindowReader], steps_per_epoch: int
+    ) -> None:
+        # Recipes of sources differ in where captions are found, not in what is built of them.
         super().__init__(readers[0].recipe)
+        self.names = tuple(names)
         self.mixture = mixture
         self.readers = tuple(readers)
         self.steps_per_epoch = steps_per_epoch
@@ -53,7 +57,7 @@ class MixtureReader(RowBuilder):
         places: dict[int, tuple[int, Place]] = {}
         for source in range(len(self.readers)):
             places |= self._places(source, step, first, end)
-        rows = (self._row(*places[row], base + row) for row in range(first, end))
+        rows = (self._row(*places[row], epoch, base + row) for row in range(first, end))
         before = self._retried()
         built = self._build(epoch, range(base + first, base + end), rows)
         return replace(built, retries=self._retried() - before)
@@ -68,9 +72,13 @@ class MixtureReader(RowBuilder):
         columns = (column.tolist() for column in (drawn.rows, epochs, drawn.lanes, positions))
         return {row: (source, Place(*place)) for row, *place in zip(*columns, strict=True)}
 
-    def _row(self, source: int, place: Place, slot: int) -> Row:
-        row = self.readers[source].row(place, slot)
-        return row._replace(sample_id=row.sample_id + int(self.first_id[source]))
+    def _row(self, source: int, place: Place, epoch: int, slot: int) -> Row:
+        row = self.readers[source].row(place, epoch, slot)
+        counted = tuple(_of_source(self.names[source], name) for name in row.content.counted)
+        return row._replace(
+            sample_id=row.sample_id + int(self.first_id[source]),
+            content=row.content._replace(counted=counted),
+        )
 
     def _place(self, sample_id: int) -> tuple[str, int]:
         source = int(np.searchsorted(self.first_id, sample_id, side="right")) - 1
@@ -80,24 +88,39 @@ class MixtureReader(RowBuilder):
         return sum(reader.retried for reader in self.readers)
 
 
+def _of_source(source: str, name: str) -> str:
+    """captions/txt -> captions/SOURCE/txt."""
+    kind, _, field = name.partition("/")
+    return f"{kind}/{source}/{field}"
+
+
 class MixtureStream(TrainStream):
-    """The stream over several sources. `names` are those under which their samples are counted."""
+    """The stream over several sources."""
 
     def __init__(
         self,
         reader: MixtureReader,
-        names: Sequence[str],
         ranges: RowRanges,
         options: LoaderOptions,
         position: dict[str, Any],
         banner: dict[str, Any],
     ) -> None:
         super().__init__(reader, ranges, reader.recipe, options, position, banner)
+        self._readers = reader.readers
         self._mixture = reader.mixture
-        self._names = tuple(names)
+        self._names = reader.names
         self._sizes = tuple(int(source["num_samples"]) for source in position["sources"])
-        self._before: dict[str, int] = dict.fromkeys(names, 0)
-        self._from = (0,) * len(names)
+        self._before: dict[str, int] = dict.fromkeys(self._names, 0)
+        self._from = (0,) * len(self._names)
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The names that `Batch.counts` may hold."""
+        return tuple(
+            _of_source(source, name)
+            for source, reader in zip(self._names, self._readers, strict=True)
+            for name in reader.recipe.captions.counted
+        )
 
     def renumber(self, saved: dict[str, Any], batch_in_epoch: int, config_seed: int) -> None:
         """As for every stream; contributions go on from those of the saved position."""
@@ -185,7 +208,8 @@ def open_mixture(
         "lanes": lanes,
         "num_samples": total,
         "sources": [
-            _position(part, *pair) for part, *pair in zip(mixture.parts, opened, orders, strict=True)
+            _position(part, source, order)
+            for part, source, order in zip(mixture.parts, opened, orders, strict=True)
         ],
     }
     banner = {
@@ -197,9 +221,10 @@ def open_mixture(
         "ignored_members": sum(source.index.ignored for source in opened),
         "index": [source.index.file or "in memory" for source in opened],
     }
-    reader = MixtureReader(mixture, readers, total // options.batch_size)
+    names = [source.name for source in opened]
+    reader = MixtureReader(mixture, names, readers, total // options.batch_size)
     ranges = RowRanges(options.batch_size, lanes, world, options.workers, options.uneven)
-    return MixtureStream(reader, [source.name for source in opened], ranges, options, position, banner)
+    return MixtureStream(reader, ranges, options, position, banner)
 
 
 def _position(part: int, source: _Opened, order: Order) -> dict[str, Any]:

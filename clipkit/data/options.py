@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class CaptionField:
-    """Where captions stand: a member ("txt") or a path into a JSON member ("json.caption")."""
+    """Where captions stand: a member ("txt") or a path into a JSON member ("json.caption").
+
+    weight  how often it is drawn, relative to the other fields
+    lines   every line of the text is a caption of its own
+    """
 
     field: str = "txt"
     weight: float = 1.0
+    lines: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
     """A set of shards and the fields its captions are read from.
 
-    weight  of each of its samples among those of other sources: their parts of a batch are as the weights
-    name    under which its samples are counted; None: from the path of the shards
+    weight   of each of its samples among those of other sources: their parts of a batch are as the weights
+    missing  what becomes of a sample that lacks the field drawn for it: another field is drawn ("fallback"),
+             or the sample is unusable ("reject")
+    name     under which its samples are counted; None: from the path of the shards
     """
 
     shards: str | tuple[str, ...]
     captions: tuple[CaptionField, ...] = (CaptionField(),)
     weight: float = 1.0
+    missing: Literal["fallback", "reject"] = "fallback"
     name: str | None = None
 
 

@@ -93,13 +93,13 @@ class WindowRows(RowBuilder):
     def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
         """Yields the samples outside the window that may stand in for entry `at` of one without good ones."""
 
-    def _row(self, window: Loaded, at: int, slot: int) -> Row:
+    def _row(self, window: Loaded, at: int, epoch: int, slot: int) -> Row:
         refused: list[tuple[str, int, Unusable]] = []
         for sample_id, sample in self._candidates(window, at):
             try:
                 if isinstance(sample, Unusable):
                     raise sample
-                content = self.recipe.prepare(sample)
+                content = self.recipe.prepare(sample, epoch, slot)
             except Unusable as problem:
                 refused.append((self._key(sample_id, sample), sample_id, problem))
                 if len(refused) >= self.max_consecutive:
@@ -167,7 +167,8 @@ class WindowReader(WindowRows):
         places = (Place(epoch, row // quota, within * quota + row % quota) for row in range(first, end))
         before = self.retried
         self.begin(epoch, (first // quota, (end - 1) // quota + 1))
-        built = self._build(epoch, slots, (self.row(*at) for at in zip(places, slots, strict=True)))
+        rows = (self.row(place, epoch, slot) for place, slot in zip(places, slots, strict=True))
+        built = self._build(epoch, slots, rows)
         return replace(built, retries=self.retried - before)
 
     def begin(self, oldest: int, lanes: tuple[int, int]) -> None:
@@ -177,13 +178,13 @@ class WindowReader(WindowRows):
         self._lanes = lanes
         self._epochs = {number: epoch for number, epoch in self._epochs.items() if number >= oldest}
 
-    def row(self, place: Place, slot: int) -> Row:
-        """Returns the row of a slot: the sample at its place, or the good one that stands in for it."""
+    def row(self, place: Place, epoch: int, slot: int) -> Row:
+        """Returns the row of a slot of `epoch`: the sample at its place, or the good one that stands in."""
         window = self._windows.get(place.lane)
         if window is None or not window.holds(place):
             self._windows.pop(place.lane, None)
             window = self._windows[place.lane] = self._load(place)
-        return self._row(window, place.position - window.start, slot)
+        return self._row(window, place.position - window.start, epoch, slot)
 
     def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
         for step in range(1, self.index.num_samples):

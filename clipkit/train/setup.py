@@ -176,8 +176,9 @@ def open_stream(
         source=tuple(
             Source(
                 source.shards,
-                tuple(CaptionField(entry.field, entry.weight) for entry in source.captions),
+                tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in source.captions),
                 source.weight,
+                source.missing,
                 source.name,
             )
             for source in data.train
