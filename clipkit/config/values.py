@@ -53,6 +53,23 @@ def _warmup(value: Any) -> int | str:
     return value
 
 
+def _holdout(value: Any) -> int | str | None:
+    """None, a number of pairs, or a share of them as text: 1%."""
+    value = _whole(value)
+    cure = "write a number of pairs, such as 5000, or a share of them, such as 1%"
+    if value is None or (type(value) is int and value > 0):
+        return value
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            share = parse_interval(value).fraction
+        except ValueError as error:
+            raise refuse(str(error), cure) from error
+        if share is not None and share <= 0.5:
+            return value
+        raise refuse(f"more than half of the pairs are held out: {value!r}", cure)
+    raise refuse(f"expected a number of pairs or a share of them, not {value!r}", cure)
+
+
 def _freeze(value: Any) -> bool | str:
     if value is True or value is False or value in ("trunk", "all"):
         return value
@@ -137,6 +154,7 @@ Every = Annotated[int | str, PlainValidator(_interval)]
 OptionalEvery = Annotated[
     int | str | None, PlainValidator(lambda value: None if value is None else _interval(value))
 ]
+Holdout = Annotated[int | str | None, PlainValidator(_holdout)]
 Freeze = Annotated[bool | str, PlainValidator(_freeze)]
 Warmup = Annotated[int | str, PlainValidator(_warmup)]
 WeightEma = Annotated[bool | float | str, PlainValidator(_weight_ema)]

@@ -241,7 +241,8 @@ class Loop:
         config, step, total = self.run.config.run, self.state.step, self.run.total_steps
         every = config.evaluate_every
         due = every is not None and parse_interval(every).due(step, total, unevaluated)
-        return bool(config.evaluate) and (due or step == total)
+        something = config.evaluate or self.run.holdout is not None
+        return bool(something) and (due or step == total)
 
     def _count(self, rejects: Sequence[Reject], any_rank: bool) -> None:
         found = [r for part in dist.gather_objects(list(rejects)) for r in part] if any_rank else []
