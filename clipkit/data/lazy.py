@@ -20,9 +20,10 @@ from clipkit import dist
 from clipkit.data.first_epoch import LaneReader, ShardOrder, first_lanes, sample_ids
 from clipkit.data.indexing import DENSE_SAMPLES, Indexing, assemble
 from clipkit.data.kept import Kept
-from clipkit.data.loader import TrainStream, order_sizes
+from clipkit.data.loader import TrainStream
 from clipkit.data.options import LoaderOptions
 from clipkit.data.order import ORDER_VERSION, Order, divisors
+from clipkit.data.position import order_sizes
 from clipkit.data.ranges import RowRanges
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Passed, Recipe, SubBatch

@@ -176,10 +176,16 @@ def open_stream(
 ) -> TrainStream:
     """Returns the training data of the configuration for this rank: what `needs` declares and no more."""
     data = config.data
-    source = data.train[0]
     options = LoaderOptions(
-        source=Source(
-            source.shards, tuple(CaptionField(c.field, c.weight) for c in source.captions), source.weight
+        source=tuple(
+            Source(
+                source.shards,
+                tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in source.captions),
+                source.weight,
+                source.missing,
+                source.name,
+            )
+            for source in data.train
         ),
         batch_size=data.batch_size,
         seed=config.run.seed,
