@@ -32,7 +32,7 @@ IMG2DATASET = "1.47.0"
 PYTHON = ">=3.9,<3.13"
 SUMMARY = "download.json"
 RECORD = ".clipkit-download"
-RESIZES = {"shorter": "keep_ratio", "longer": "keep_ratio_largest", "keep": "no"}
+RESIZE_MODES = {"shorter": "keep_ratio", "longer": "keep_ratio_largest"}
 
 _STATS = re.compile(r"(\d{5,})_stats\.json")
 _OWN = ("sizes.json", "manifest.json", SUMMARY)
@@ -44,13 +44,13 @@ _END_S = 10.0  # for img2dataset to leave by itself
 
 @dataclass(frozen=True)
 class Download:
-    """What is asked for. size: pixels of the side that `resize` names, which is only ever made smaller."""
+    """What is asked for. resize: pixels of the side that `resize_mode` names, in larger pictures only."""
 
     source: UrlList
     columns: Columns
     out: Path
-    resize: str = "keep"
-    size: int | None = None
+    resize: int | None = None
+    resize_mode: str = "shorter"
     per_shard: int = 10_000
     workers: int = 1
     threads: int = 64
@@ -58,10 +58,6 @@ class Download:
     timeout: int = 10
 
     def __post_init__(self) -> None:
-        if (self.resize == "keep") != (self.size is None):
-            raise ConfigError(
-                "--resize and --size go together", "give both, for example --resize shorter --size 512"
-            )
         if set("*?[]") & set(str(self.out)) or "::" in f"{self.out}{self.source.path}":
             raise ConfigError(
                 f"{self.out}: img2dataset reads *, ?, [, ] and :: in names as patterns",
@@ -82,8 +78,8 @@ class Download:
             "caption_col": self.columns.caption,
             "save_additional_columns": list(self.columns.kept) or None,
             # Its default pads every picture to a square with white borders.
-            "resize_mode": RESIZES[self.resize],
-            "image_size": self.size,
+            "resize_mode": "no" if self.resize is None else RESIZE_MODES[self.resize_mode],
+            "image_size": self.resize,
             "resize_only_if_bigger": True,
             "skip_reencode": True,
             "number_sample_per_shard": self.per_shard,
@@ -107,7 +103,7 @@ class Download:
             **asdict(self.columns),
             "kept": list(self.columns.kept),
             "resize": self.resize,
-            "size": self.size,
+            "resize_mode": self.resize_mode,
             "per_shard": self.per_shard,
         }
 
@@ -222,7 +218,7 @@ def run_download(
         words, count = next(iter(found.failures), ("no reason given", found.rows))
         raise DataError(
             f"none of {found.rows:,} addresses gave a picture, {count:,} times: {words}",
-            "check the column of addresses (--url-col) and the connection; for another attempt take another "
+            "check the column of addresses (--url-key) and the connection; for another attempt take another "
             "folder, this one keeps what failed",
         )
     if found.unfinished:

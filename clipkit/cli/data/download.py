@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 _SHOWN = 10  # kinds of failure
 
 
-class Resize(StrEnum):
-    """Which side of a picture gets the size."""
+class ResizeMode(StrEnum):
+    """The side that `--resize` is for."""
 
     shorter = "shorter"
     longer = "longer"
-    keep = "keep"
 
 
 def download(
@@ -36,19 +35,28 @@ def download(
             help="A .parquet, .csv, .tsv, .jsonl, .json or .txt list of addresses, or a folder of them.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The folder of the shards.")],
-    url_col: Annotated[str | None, typer.Option(help="Column of the addresses; found by its name.")] = None,
-    caption_col: Annotated[
-        str | None, typer.Option(help="Column of the captions; found by its name.")
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)],
+    url_key: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of addresses.  [default: url, image_url, ...]"),
     ] = None,
-    keep_col: Annotated[
-        list[str] | None, typer.Option(help="A column to keep in the .json of a sample; uid by default.")
+    caption_key: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of captions.  [default: caption, text, ...]")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN", help="Stored in KEY.json; repeatable.  [default: uid, if there is one]"
+        ),
     ] = None,
     resize: Annotated[
-        Resize, typer.Option(help="Make larger pictures smaller by this side, to --size.")
-    ] = Resize.keep,
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels of the side that --resize names.")] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=2, help="Rows of the list in a shard.")] = 10_000,
+        int | None,
+        typer.Option(min=1, metavar="PIXELS", help="Length of a side; smaller images stay."),
+    ] = None,
+    resize_mode: Annotated[ResizeMode, typer.Option(help="The side --resize is for.")] = ResizeMode.shorter,
+    samples_per_shard: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Rows of the list in a shard.")
+    ] = 10_000,
     workers: WorkersOption = 2,
     threads: Annotated[int, typer.Option(min=1, help="Addresses at a time, per process.")] = 64,
     retries: Annotated[int, typer.Option(min=0, help="Further attempts per address.")] = 2,
@@ -60,15 +68,24 @@ def download(
     Runs a pinned img2dataset through uv, without its white borders, and continues where it was interrupted.
     Failures by reason are in OUT/download.json, counts in OUT/sizes.json; every row is in the .parquet files.
 
-    Example: clipkit data download laion.parquet shards/ --resize shorter --size 512 --workers 16
+    Example: clipkit data download laion.parquet --out shards --resize 512 --workers 16
     """
     from clipkit.data.download import Download, run_download, shown_command
     from clipkit.data.url_list import choose_columns, read_list
 
     source = read_list(urls)
-    columns = choose_columns(source, url_col, caption_col, keep_col or ())
+    columns = choose_columns(source, url_key, caption_key, keep or ())
     asked = Download(
-        source, columns, out, resize.value, size, samples_per_shard, workers, threads, retries, timeout
+        source,
+        columns,
+        out,
+        resize,
+        resize_mode.value,
+        samples_per_shard,
+        workers,
+        threads,
+        retries,
+        timeout,
     )
     _announce(asked)
     say(shown_command(asked))
