@@ -65,18 +65,15 @@ class Download:
             )
 
     def arguments(self) -> list[str]:
-        """Returns the arguments of img2dataset.
-
-        As Python literals: it would take a folder called 2024 for a number.
-        """
+        """Returns the arguments of img2dataset; names quoted, it would take a folder 2024 for a number."""
         flags: dict[str, Any] = {
-            "url_list": os.path.abspath(self.source.path),
+            "url_list": _quoted(os.path.abspath(self.source.path)),
             "input_format": self.source.kind,
-            "output_folder": os.path.abspath(self.out),
+            "output_folder": _quoted(os.path.abspath(self.out)),
             "output_format": "webdataset",
-            "url_col": self.columns.url,
-            "caption_col": self.columns.caption,
-            "save_additional_columns": list(self.columns.kept) or None,
+            "url_col": _quoted(self.columns.url),
+            "caption_col": None if self.columns.caption is None else _quoted(self.columns.caption),
+            "save_additional_columns": _quoted(self.columns.kept) if self.columns.kept else None,
             # Its default pads every picture to a square with white borders.
             "resize_mode": "no" if self.resize is None else RESIZE_MODES[self.resize_mode],
             "image_size": self.resize,
@@ -91,7 +88,7 @@ class Download:
             # Places and names of people, of no use to training.
             "extract_exif": False,
         }
-        return [f"--{name}={value!r}" for name, value in flags.items() if value is not None]
+        return [f"--{name}={value}" for name, value in flags.items() if value is not None]
 
     def identity(self) -> dict[str, Any]:
         """Returns what the shards depend on, JSON-able."""
@@ -106,6 +103,11 @@ class Download:
             "resize_mode": self.resize_mode,
             "per_shard": self.per_shard,
         }
+
+
+def _quoted(value: Any) -> str:
+    """A text or a list of texts as JSON, which is how Python writes them as well."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def command_of(download: Download) -> list[str]:
@@ -217,7 +219,7 @@ def run_download(
     if not found.successes:
         words, count = next(iter(found.failures), ("no reason given", found.rows))
         raise DataError(
-            f"none of {found.rows:,} addresses gave a picture, {count:,} times: {words}",
+            f"no picture came from any of {found.rows:,} rows, {count:,} times: {words}",
             "check the column of addresses (--url-key) and the connection; for another attempt take another "
             "folder, this one keeps what failed",
         )

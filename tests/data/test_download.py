@@ -86,8 +86,8 @@ def test_a_download_trains_as_it_is(
     urls = table_of(tmp_path / "list.csv", rows)
     assert download(urls, out, "--samples-per-shard", "3", "--resize", "64", "--resize-mode", "longer") == 0
     said = capfd.readouterr()
-    assert "8 addresses in column 'URL', captions in 'TEXT', kept: uid" in said.out
-    assert "--resize_mode='keep_ratio_largest'" in json.loads((out / "arguments").read_text())
+    assert "rows: 8, addresses: 'URL', captions: 'TEXT', kept: uid" in said.out
+    assert "--resize_mode=keep_ratio_largest" in json.loads((out / "arguments").read_text())
     assert "--image_size=64" in json.loads((out / "arguments").read_text())
     assert re.search(r"^pairs +6 +75.0%$", said.out, re.MULTILINE)
     assert re.search(r"^  HTTP Error 404: Not Found +1$", said.out, re.MULTILINE)
@@ -118,12 +118,12 @@ def test_what_img2dataset_is_asked_for(
     assert download(urls, out, "--workers", "3") == 0
     assert json.loads((out / "arguments").read_text()) == command[1:]
     for flag in (
-        "--input_format='tsv'",
-        "--output_format='webdataset'",
-        "--url_col='URL'",
-        "--caption_col='TEXT'",
-        "--save_additional_columns=['uid']",
-        "--resize_mode='no'",
+        "--input_format=tsv",
+        "--output_format=webdataset",
+        '--url_col="URL"',
+        '--caption_col="TEXT"',
+        '--save_additional_columns=["uid"]',
+        "--resize_mode=no",
         "--skip_reencode=True",
         "--processes_count=3",
         "--retries=2",
@@ -179,7 +179,7 @@ def test_nothing_fetched_is_bad_data(
 ) -> None:
     rows = [["u", f"https://host/404/{number}", "text"] for number in range(5)]
     assert download(table_of(tmp_path / "list.csv", rows), tmp_path / "out") == 3
-    assert "none of 5 addresses gave a picture, 5 times: HTTP Error 404" in capfd.readouterr().err
+    assert "no picture came from any of 5 rows, 5 times: HTTP Error 404" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -222,7 +222,7 @@ def _reads(pid: int, out: str) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return f"--output_folder={out!r}".encode() in words
+    return f'--output_folder="{out}"'.encode() in words
 
 
 def test_without_uv_there_is_a_cure(

@@ -106,12 +106,11 @@ def _remark(line: str) -> None:
 
 def _announce(asked: Download) -> None:
     rows = asked.source.rows
-    count = "addresses" if rows is None else f"{sum(rows):,} addresses"
+    count = "rows not counted" if rows is None else f"rows: {sum(rows):,}"
     columns = asked.columns
     kept = f", kept: {', '.join(columns.kept)}" if columns.kept else ""
-    say(f"{count} in column {columns.url!r}, captions in {columns.caption!r}{kept}")
-    if columns.caption is None:
-        say("no captions: the samples hold pictures only")
+    captions = "none: samples hold pictures only" if columns.caption is None else f"{columns.caption!r}"
+    say(f"{count}, addresses: {columns.url!r}, captions: {captions}{kept}")
 
 
 def _show(asked: Download) -> None:
