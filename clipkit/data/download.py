@@ -35,6 +35,7 @@ RECORD = ".clipkit-download"
 RESIZE_MODES = {"shorter": "keep_ratio", "longer": "keep_ratio_largest"}
 
 _STATS = re.compile(r"(\d{5,})_stats\.json")
+_COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 _OWN = ("sizes.json", "manifest.json", SUMMARY)
 _TOTAL = re.compile(r"total\s+- .*count: (\d+)\s*$")
 _NOISE = re.compile(r"\s*$|worker\s+- |\d*it \[|\d+it$")
@@ -184,8 +185,8 @@ def _statistics(out: Path) -> Iterator[tuple[Path, int, dict[str, Any] | None]]:
             continue
         try:
             stats = json.loads(path.read_bytes())
-            whole = all(isinstance(stats[name], int) for name in ("count", "successes")) and isinstance(
-                stats["status_dict"], dict
+            whole = isinstance(stats["status_dict"], dict) and all(
+                isinstance(stats[name], int) for name in _COUNTS
             )
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
@@ -216,7 +217,7 @@ def run_download(
             f"img2dataset ended with exit code {code}" + (f": {last}" if last else ""),
             "see what it said above; the same command continues after the shards that are finished",
         )
-    if not found.successes:
+    if found.rows and not found.successes:
         words, count = next(iter(found.failures), ("no reason given", found.rows))
         raise DataError(
             f"no picture came from any of {found.rows:,} rows, {count:,} times: {words}",
@@ -229,6 +230,8 @@ def run_download(
             f"{len(found.unfinished):,} shards are unfinished: {first}",
             "run the same command again: finished shards are kept",
         )
+    if not found.rows:
+        raise DataError("img2dataset found no row to download", "give a list with at least one address")
     return found
 
 
@@ -243,27 +246,38 @@ def _claimed(out: Path, identity: Mapping[str, Any]) -> Iterator[int]:
             f"{out}: cannot be written ({error.strerror})", "choose a folder you may write to"
         ) from error
     try:
+        _lock(descriptor, out)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{out}: another download is writing there", "wait for it, or end it first"
-            ) from error
-        _check_record(out, identity)
+            _check_record(out, identity)
+        except ConfigError:
+            if not os.fstat(descriptor).st_size:
+                (out / RECORD).unlink()  # a folder that is refused stays as it was
+            raise
         with open(descriptor, "r+", encoding="utf-8", closefd=False) as record:
             record.truncate()
             record.write(json.dumps(identity, ensure_ascii=False))
         yield descriptor
     finally:
-        if not os.fstat(descriptor).st_size:  # refused: nothing of ours stays
-            (out / RECORD).unlink()
         os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{out}: another download is writing there", "wait for it, or end it first"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be locked ({error.strerror})", "choose a folder of a file system that has locks"
+        ) from error
 
 
 def _check_record(out: Path, identity: Mapping[str, Any]) -> None:
     try:
-        before = json.loads((out / RECORD).read_text(encoding="utf-8") or "{}")
-    except ValueError:
+        before = dict(json.loads((out / RECORD).read_text(encoding="utf-8") or "{}"))
+    except (ValueError, TypeError):
         before = {}  # cut by a kill before anything was downloaded
     finished = [path for path, _, stats in _statistics(out) if stats is not None]
     if not finished:

@@ -174,6 +174,18 @@ def test_unfinished_shards_are_a_failure(
     assert json.loads((out / "sizes.json").read_text()) == {"00000.tar": 3, "00002.tar": 2}
 
 
+def test_a_download_that_dies_at_once_says_so(
+    stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    urls = table_of(tmp_path / "list.csv", [["u", "crash", "text"]])
+    assert download(urls, tmp_path / "out") == 1
+    assert "img2dataset ended with exit code 1" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "sizes.json").exists()
+    urls = table_of(tmp_path / "other.csv", [["u", "partial", "text"]])
+    assert download(urls, tmp_path / "other") == 1
+    assert "1 shards are unfinished: 00000" in capfd.readouterr().err
+
+
 def test_nothing_fetched_is_bad_data(
     stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

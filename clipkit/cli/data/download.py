@@ -26,41 +26,48 @@ class ResizeMode(StrEnum):
     longer = "longer"
 
 
+ListArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="LIST",
+        show_default=False,
+        help="A .parquet, .csv, .tsv, .jsonl, .json or .txt list of addresses, or a folder of them.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)]
+UrlKeyOption = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Column of addresses.  [default: url, image_url, ...]")
+]
+CaptionKeyOption = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Column of captions.  [default: caption, text, ...]")
+]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN", help="Stored in KEY.json; repeatable.  [default: uid, if there is one]"),
+]
+ResizeOption = Annotated[
+    int | None, typer.Option(min=1, metavar="PIXELS", help="Length of a side; smaller images stay.")
+]
+ResizeModeOption = Annotated[ResizeMode, typer.Option(help="The side --resize is for.")]
+SamplesOption = Annotated[int, typer.Option(min=2, metavar="N", help="Rows of the list in a shard.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="Addresses at a time, per process.")]
+RetriesOption = Annotated[int, typer.Option(min=0, help="Further attempts per address.")]
+TimeoutOption = Annotated[int, typer.Option(min=1, help="Seconds until an attempt is given up.")]
+
+
 def download(
-    urls: Annotated[
-        Path,
-        typer.Argument(
-            metavar="LIST",
-            show_default=False,
-            help="A .parquet, .csv, .tsv, .jsonl, .json or .txt list of addresses, or a folder of them.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)],
-    url_key: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="Column of addresses.  [default: url, image_url, ...]"),
-    ] = None,
-    caption_key: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of captions.  [default: caption, text, ...]")
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN", help="Stored in KEY.json; repeatable.  [default: uid, if there is one]"
-        ),
-    ] = None,
-    resize: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="PIXELS", help="Length of a side; smaller images stay."),
-    ] = None,
-    resize_mode: Annotated[ResizeMode, typer.Option(help="The side --resize is for.")] = ResizeMode.shorter,
-    samples_per_shard: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Rows of the list in a shard.")
-    ] = 10_000,
+    urls: ListArgument,
+    out: OutOption,
+    url_key: UrlKeyOption = None,
+    caption_key: CaptionKeyOption = None,
+    keep: KeepOption = None,
+    resize: ResizeOption = None,
+    resize_mode: ResizeModeOption = ResizeMode.shorter,
+    samples_per_shard: SamplesOption = 10_000,
     workers: WorkersOption = 2,
-    threads: Annotated[int, typer.Option(min=1, help="Addresses at a time, per process.")] = 64,
-    retries: Annotated[int, typer.Option(min=0, help="Further attempts per address.")] = 2,
-    timeout: Annotated[int, typer.Option(min=1, help="Seconds until an attempt is given up.")] = 10,
+    threads: ThreadsOption = 64,
+    retries: RetriesOption = 2,
+    timeout: TimeoutOption = 10,
     dry_run: DryRunOption = False,
 ) -> None:
     """Download pictures and captions into shards that train as they are; exit 3 when nothing came.
