@@ -153,14 +153,8 @@ def test_contributions_go_on_when_the_weights_change(tmp_path: Path) -> None:
     # An epoch of the mixture are the 64 samples of both.
     report = pretrain(mixed(tmp_path, tmp_path / "dry", 0.75), dry_run=True)
     assert report["samples_per_epoch"] == 64
-    assert (
-        "source first: 40 samples, 0.75 of the samples seen (6 of 8 in a batch), seen 0.6 times"
-        in (report["summary"])
-    )
-    assert (
-        "source b: 24 samples, 0.25 of the samples seen (2 of 8 in a batch), seen 0.333 times"
-        in (report["summary"])
-    )
+    assert "source first: 40 samples, 75% of every batch (6 of 8), seen 0.6 times" in (report["summary"])
+    assert "source b: 24 samples, 25% of every batch (2 of 8), seen 0.333 times" in (report["summary"])
 
 
 def test_the_example_of_two_sources_is_a_configuration(tmp_path: Path) -> None:
@@ -185,5 +179,7 @@ run: {samples: 12.8e9, precision: bf16, seed: 0, checkpoint_every: 30min, evalua
     found = load_config(path)
     assert [source.weight for source in found.data.train] == [0.7, 0.3]
     assert load_config(path, ["data.train.1.name=shop"]).data.train[1].name == "shop"
+    path.write_text(path.read_text().replace('{shards: "catalogue/", weight: 0.3}', "catalogue/"))
+    assert [source.weight for source in load_config(path).data.train] == [0.7, 1.0]
     with pytest.raises(ConfigError, match="lazy does not go with several sources"):
         load_config(path, ["data.index=lazy"])
