@@ -86,6 +86,13 @@ class Config(Section):
                 "data.index: lazy does not go with several sources: their sizes must be known",
                 "leave data.index out; `clipkit index` prepares the sources, on several machines if need be",
             )
+        for key in ("checkpoint_every", "evaluate_every"):
+            every = getattr(self.run, key)
+            if self.data.index == "lazy" and every is not None and parse_interval(every).epochs is not None:
+                raise refuse(
+                    f"run.{key} {every} needs the length of an epoch, which data.index: lazy does not know",
+                    "give a number of steps, a time or a share of the run",
+                )
         if self.data.holdout is not None and self.data.index == "lazy":
             raise refuse(
                 "data.holdout picks pairs before the first step, when data.index: lazy does not know them",

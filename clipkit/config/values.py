@@ -33,7 +33,7 @@ def _interval(value: Any) -> int | str:
     try:
         parse_interval(value)
     except ValueError as error:
-        raise refuse(str(error), "write 500 (steps), 30min or 5%") from error
+        raise refuse(str(error), "write 500 (steps), 30min, 5% or 1epoch") from error
     return value
 
 
@@ -46,7 +46,7 @@ def _warmup(value: Any) -> int | str:
         parsed = parse_interval(value)
     except ValueError as error:
         raise refuse(str(error), cure) from error
-    if parsed.seconds is not None:
+    if parsed.seconds is not None or parsed.epochs is not None:
         raise refuse(f"expected a number of steps or a share of the run, not {value!r}", cure)
     if parsed.fraction is not None and parsed.fraction > 0.25:
         raise refuse(f"warm-up over 25% of the run, {value!r}", cure)

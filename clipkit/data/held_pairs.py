@@ -11,7 +11,15 @@ from clipkit import dist
 from clipkit.data.kept import Kept
 from clipkit.data.options import CaptionField, LoaderOptions, Storage
 from clipkit.data.remote import ShardBytes
-from clipkit.data.sample import Absent, RawSample, Unusable, caption, decode_image, field_value, image_bytes
+from clipkit.data.sample import (
+    Absent,
+    RawSample,
+    Unusable,
+    caption_entries,
+    checked_caption,
+    decode_image,
+    image_bytes,
+)
 from clipkit.data.tar_index import Index
 from clipkit.data.waiting import together
 from clipkit.data.window import read_samples
@@ -100,7 +108,7 @@ def _checked(
 
 
 def captions_of(sample: RawSample, fields: Sequence[CaptionField]) -> tuple[str, ...]:
-    """Returns all distinct captions at these fields, of a list each entry, in order.
+    """Returns all distinct captions at these fields, in order: each one that training may draw.
 
     A field or an entry that is absent is passed over. Raises Unusable when there is no caption at all.
     """
@@ -108,14 +116,13 @@ def captions_of(sample: RawSample, fields: Sequence[CaptionField]) -> tuple[str,
     missing: Absent | None = None
     for field in fields:
         try:
-            value = field_value(sample, field.field)
+            entries = caption_entries(sample, field.field, field.lines)
         except Absent as absent:
             missing = missing or absent
             continue
-        entries = range(len(value)) if isinstance(value, list) else (None,)
         for entry in entries:
             try:
-                found[caption(sample, field.field, entry)] = None
+                found[checked_caption(entry, field.field)] = None
             except Absent as absent:
                 missing = missing or absent
     if not found:

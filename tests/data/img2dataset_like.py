@@ -5,12 +5,15 @@ Source: its writer.py, downloader.py and logger.py. Also a stand-in for the prog
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import io
 import json
+import os
 import sys
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,16 +96,18 @@ def failed(url: str, error: str = "HTTP Error 404: Not Found", uid: str = "") ->
     return Fetched(url, "lost", None, uid, "failed_to_download", error)
 
 
-def _flags(arguments: Sequence[str]) -> dict[str, str]:
-    """The flags after `img2dataset`, each written as --name=value."""
+def _flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags after `img2dataset`, each written as --name=value; fire reads the values as literals."""
     own = arguments[arguments.index("img2dataset") + 1 :]
-    return dict(flag.removeprefix("--").partition("=")[::2] for flag in own)
+    pairs = (flag.removeprefix("--").partition("=")[::2] for flag in own)
+    return {name: ast.literal_eval(value) for name, value in pairs}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Stands in for `uvx --from img2dataset== img2dataset --flag=value ...`.
 
-    Fetches nothing: an address names a picture file, and "404", "torn", "crash" or "partial" in it is a fate.
+    Fetches nothing: an address names a picture file; of others "404", "torn", "crash", "partial" or "asleep"
+    is the fate.
     """
     flags = _flags(arguments)
     folder = Path(flags["output_folder"])
@@ -112,26 +117,32 @@ def main(arguments: Sequence[str]) -> int:
     (folder / "arguments").write_text(json.dumps(list(arguments)))
     with open(flags["url_list"], encoding="utf-8", newline="") as stream:
         table = list(csv.DictReader(stream, delimiter="\t" if flags["input_format"] == "tsv" else ","))
-    per_shard = int(flags["number_sample_per_shard"])
+    per_shard = flags["number_sample_per_shard"]
     print("Starting the downloading of this file", flush=True)
     for number in range(-(-len(table) // per_shard)):
         if number in done:
             continue
         rows = []
         for entry in table[number * per_shard : (number + 1) * per_shard]:
-            url, caption = entry[flags["url_col"]], entry.get(flags.get("caption_col", ""))
-            if "crash" in url:
+            url, caption = entry[flags["url_col"]], entry.get(flags.get("caption_col"))
+            if os.path.isfile(url):
+                rows.append(Fetched(url, caption, Path(url).read_bytes(), entry.get("uid", "")))
+            elif "asleep" in url:
+                (folder / f"{number:05d}.tar").write_bytes(b"x" * 700)
+                print("asleep", flush=True)
+                time.sleep(120)
+            elif "crash" in url:
                 (folder / f"{number:05d}.tar").write_bytes(b"x" * 700)
                 print("shard failed\x1b[2J with error", file=sys.stderr, flush=True)
                 return 1
-            if "404" in url:
+            elif "404" in url:
                 rows.append(failed(url))
             elif "torn" in url:
                 rows.append(Fetched(url, caption, None, "", "failed_to_resize", "Image decoding error"))
             elif "partial" in url:
                 break
             else:
-                rows.append(Fetched(url, caption, Path(url).read_bytes(), entry.get("uid", "")))
+                raise AssertionError(f"no fate in {url}")
         else:
             write_shard(folder, number, rows, per_shard)
             share = sum(row.picture is not None for row in rows) / len(rows)

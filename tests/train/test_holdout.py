@@ -74,13 +74,13 @@ def test_the_numbers_are_those_of_a_set_of_the_same_pairs(
             pretrain(changed)
 
 
-def test_a_share_and_averaged_weights(tiny_shards: Path, tmp_path: Path) -> None:
-    config = config_of(
-        tiny_shards, tmp_path / "run", data__holdout="20%", run__weight_ema=0.5, run__evaluate_every=None
-    )
-    report = pretrain(config)
+def test_a_share_averaged_weights_and_epochs(tiny_shards: Path, tmp_path: Path) -> None:
+    changes = {"data__holdout": "20%", "run__weight_ema": 0.5, "run__evaluate_every": "1epoch"}
+    report = pretrain(config_of(tiny_shards, tmp_path / "run", run__steps=14, **changes))
     assert set(report["metrics"]) == {"holdout", "holdout@ema"}
-    assert [step for step, _ in evaluations(tmp_path / "run")] == [6]
+    held = sum(key_hash(f"{number:06d}") < 0.2 * 2**64 for number in range(96))
+    epoch = (96 - held) // 12
+    assert [step for step, _ in evaluations(tmp_path / "run")] == [epoch, 2 * epoch, 14]
     assert json.loads(json.dumps(report["metrics"])) == report["metrics"]
 
 
