@@ -112,12 +112,17 @@ def _workers(value: Any) -> Any:
 
 
 def as_sources(value: Any) -> Any:
-    """Returns a string, or a list of strings, as one source with the default caption field."""
+    """Returns a string, or a list of strings, as one source with the default caption field.
+
+    Among sources that are written out, a string is a source of its own.
+    """
     if isinstance(value, str):
         return ({"shards": value},)
     if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
         return ({"shards": value},)
-    return as_tuple(value)
+    if isinstance(value, list):
+        return tuple({"shards": entry} if isinstance(entry, str) else entry for entry in value)
+    return value
 
 
 def as_captions(value: Any) -> Any:

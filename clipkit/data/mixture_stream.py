@@ -158,9 +158,9 @@ class MixtureStream(TrainStream):
 
     def _share(self, number: int) -> str:
         least, most = self._mixture.share(number)
-        rows = f"{least}" if least == most else f"{least} or {most}"
-        part = self._mixture.parts[number] / self._mixture.whole
-        return f"{part:.4g} of the samples seen ({rows} of {self._mixture.batch_size} in a batch)"
+        rows = f"{least:,}" if least == most else f"{least:,} or {most:,}"
+        percent = 100 * self._mixture.parts[number] / self._mixture.whole
+        return f"{percent:.4g}% of every batch ({rows} of {self._mixture.batch_size:,})"
 
 
 @dataclass(frozen=True)
@@ -320,8 +320,8 @@ def _together(indices: Sequence[Index]) -> Index:
 def _check_share(source: _Opened, most: int, options: LoaderOptions) -> None:
     if most > source.kept.num_samples:
         raise ConfigError(
-            f"the source {source.name} has {source.kept.num_samples:,} samples, its weight gives it "
-            f"{most:,} of the {options.batch_size:,} of a batch: some would come twice in it",
+            f"the weight of the source {source.name} gives it {most:,} of the {options.batch_size:,} samples "
+            f"of a batch, and it holds {source.kept.num_samples:,}: some would come twice in a batch",
             "lower its weight or data.batch_size",
         )
 

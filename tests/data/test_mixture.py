@@ -204,7 +204,7 @@ def test_contributions_are_the_samples_of_the_batches(pair: tuple[Path, Path]) -
         seen.update("b" if int(key) >= 1000 else "a" for key in batch.keys)
     assert opened.state(30)["contributions"] == seen
     lines = opened.describe_sources(30)
-    assert lines[0].startswith("source a: 72 samples, 0.61 of the samples seen (7 or 8 of 12 in a batch)")
+    assert lines[0].startswith("source a: 72 samples, 61% of every batch (7 or 8 of 12)")
     assert lines[1].endswith(f"seen {seen['b'] / 48:.3g} times")
 
 
@@ -259,7 +259,11 @@ def test_sources_that_cannot_be_mixed_are_refused(tmp_path: Path, pair: tuple[Pa
     cases: list[tuple[type[ClipkitError], str, dict[str, Any]]] = [
         (ConfigError, "lazy does not go with several sources", {"folders": pair, "index": "lazy"}),
         (ConfigError, "cannot be indexed", {"folders": (pair[0], packed)}),
-        (ConfigError, "the source b has 48 samples", {"folders": pair, "weights": (0.1, 0.9), "batch": 60}),
+        (
+            ConfigError,
+            "the source b gives it 54 of the 60 samples of a batch, and it holds 48",
+            {"folders": pair, "weights": (0.1, 0.9), "batch": 60},
+        ),
         (DataError, "no shard matches", {"folders": (pair[0], tmp_path / "no" / "*.tar")}),
     ]
     for kind, cause, case in cases:
