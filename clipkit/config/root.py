@@ -30,6 +30,7 @@ _IDENTITY = (
     "model",
     "objectives",
     "data.train",
+    "data.holdout",
     "data.batch_size",
     "data.lanes",
     "data.window_bytes",
@@ -43,6 +44,8 @@ _IDENTITY = (
     "run.seed",
     "run.weight_ema",
 )
+# Values that say what runs did before these keys existed: they tell no two runs apart.
+_AS_BEFORE = {"missing": "fallback", "lines": False}
 _WARMUP_LIMIT = 0.25
 
 
@@ -77,6 +80,28 @@ class Config(Section):
             raise refuse(
                 "run.epochs needs the number of samples, which data.index: lazy does not know",
                 "give run.samples or run.steps instead",
+            )
+        if self.data.index == "lazy" and len(self.data.train) > 1:
+            raise refuse(
+                "data.index: lazy does not go with several sources: their sizes must be known",
+                "leave data.index out; `clipkit index` prepares the sources, on several machines if need be",
+            )
+        for key in ("checkpoint_every", "evaluate_every"):
+            every = getattr(self.run, key)
+            if self.data.index == "lazy" and every is not None and parse_interval(every).epochs is not None:
+                raise refuse(
+                    f"run.{key} {every} needs the length of an epoch, which data.index: lazy does not know",
+                    "give a number of steps, a time or a share of the run",
+                )
+        if self.data.holdout is not None and self.data.index == "lazy":
+            raise refuse(
+                "data.holdout picks pairs before the first step, when data.index: lazy does not know them",
+                "leave data.index out, or evaluate on a set of its own (run.evaluate)",
+            )
+        if self.data.holdout is not None and "holdout" in {entry.label for entry in self.run.evaluate}:
+            raise refuse(
+                "an evaluation is called holdout, and so is the one of data.holdout",
+                "give the entry of run.evaluate another `name`",
             )
         if self.data.uneven and self.data.index == "lazy":
             raise refuse(
@@ -135,7 +160,7 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """Returns dotted key -> value of everything that must stay the same when a run is continued."""
-        return {key: value for key, value in self.flat().items() if key.startswith(_IDENTITY)}
+        return _identity_of(self.values())
 
     def digest(self) -> str:
         """Returns a short hash of `identity()`."""
@@ -156,7 +181,11 @@ class Config(Section):
 
 
 def _identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in _flatten(redact_all(values)).items() if key.startswith(_IDENTITY)}
+    return {
+        key: value
+        for key, value in _flatten(redact_all(values)).items()
+        if key.startswith(_IDENTITY) and _AS_BEFORE.get(key.rpartition(".")[2]) != value
+    }
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from clipkit.data.loader import PositionChangedError, TrainStream
+from clipkit.data.loader import TrainStream
 from clipkit.data.options import LoaderOptions
 from clipkit.data.order import hash_key
+from clipkit.data.position import PositionChangedError
 
 Opener = Callable[[LoaderOptions, dict[str, Any] | None], TrainStream]
 
@@ -35,13 +36,13 @@ def open_continued(
             raise
         changed = problem.cause
     else:
-        stream.renumber(saved["step"], saved["epoch"], saved["batch_in_epoch"], options.seed)
+        stream.renumber(saved, saved["batch_in_epoch"], options.seed)
         return stream
     if when_changed == "continue_reseeded":
         kept = replace(options, seed=hash_key(options.seed, "continued", saved["step"]))
     else:
         kept = options
     stream = opener(kept, None)
-    stream.renumber(saved["step"], saved["epoch"], 0, options.seed)
+    stream.renumber(saved, 0, options.seed)
     stream.changed = changed
     return stream

@@ -16,33 +16,28 @@ from typing import Any
 import torch
 
 from clipkit import dist
+from clipkit.data.captions import CaptionRules
+from clipkit.data.held_pairs import HeldOut, HeldPairs, read_held
+from clipkit.data.holdout import kept_samples
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
-from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
+from clipkit.data.order import ORDER_VERSION, Order, divisors
+from clipkit.data.position import PositionChangedError, check_position, order_sizes
 from clipkit.data.ranges import RowRanges
 from clipkit.data.rejects import RejectBudget
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, SubBatch, merge
 from clipkit.data.shared_index import shared_index
 from clipkit.data.source import expand_shards, needs_stream
-from clipkit.data.tar_index import Index
 from clipkit.data.targets import stored_widths
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
+from clipkit.data.waiting import together
 from clipkit.data.window import WindowReader, first_samples
 from clipkit.data.workers import RowReader, built_parts
 from clipkit.types import Batch, ConfigError
 
 __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStream", "open_train"]
-
-_STATE_KEYS = (
-    "order_version", "exact", "seed", "batch_size", "lanes", "chunk_size", "window_chunks", "num_samples",
-    "index_sha", "first_lanes", "first_window", "shards_sha",
-)  # fmt: skip
-
-
-class PositionChangedError(ConfigError):
-    """A saved position that these shards and settings cannot continue exactly."""
 
 
 class TrainStream:
@@ -52,11 +47,13 @@ class TrainStream:
     steps_per_epoch  N // B, the same on every rank
     exact            whether order and position are exact (see `state`)
     changed          why the saved position was not continued, None where it was
+    held             what is held out of every source, () for nothing
     on_indexing      called with a line when the first epoch of `data.index: lazy` is over and what is left of
                      the set is about to be indexed, which may take long
     """
 
     changed: str | None = None
+    held: tuple[HeldOut, ...] = ()
 
     def __init__(
         self,
@@ -95,12 +92,13 @@ class TrainStream:
         self._running = running
         return running
 
-    def renumber(self, step: int, epoch: int, batch_in_epoch: int, config_seed: int) -> None:
-        """Lets `step` of the run take that batch of `epoch`; changes what `batches` and `state` return.
+    def renumber(self, saved: dict[str, Any], batch_in_epoch: int, config_seed: int) -> None:
+        """Lets the step of a saved position take that batch of its epoch; changes what `batches` and `state`
+        return.
 
         config_seed: what the configuration says, where the order has a seed of its own since.
         """
-        self._shift = self._batch_number(epoch, batch_in_epoch) - step
+        self._shift = self._batch_number(saved["epoch"], batch_in_epoch) - int(saved["step"])
         self._position["config_seed"] = config_seed
 
     def _batch_number(self, epoch: int, batch_in_epoch: int) -> int:
@@ -133,27 +131,34 @@ class TrainStream:
         assert self.steps_per_epoch is not None
         return (step + self._shift) % self.steps_per_epoch == 0
 
+    def contributions(self, step: int) -> dict[str, int]:
+        """Returns how many samples of each source of a mixture the run has seen before `step`, by name."""
+        return {}
+
+    def describe_sources(self, total_steps: int) -> list[str]:
+        """Returns a line about each source of a mixture in a run of so many steps."""
+        return []
+
     @property
     def pairs(self) -> int:
         """The size of the set that defaults go by, the same throughout a run."""
         assert self.num_samples is not None
         return self.num_samples
 
+    def held_pairs(self) -> list[HeldPairs]:
+        """Returns the pairs that are held out, read from the shards; called by all ranks."""
+        return [read_held(held, self._options) for held in self.held]
+
     def summary(self) -> str:
         """Returns a line about size and order."""
         exact = "exact order" if self.exact else "exact: false (this source cannot be indexed)"
-        return f"{self.num_samples:,} samples, {self.steps_per_epoch:,} steps per epoch, {exact}"
+        held = sum(len(source.kept.held) for source in self.held)
+        besides = f" ({held:,} more are held out)" if held else ""
+        return f"{self.num_samples:,} samples{besides}, {self.steps_per_epoch:,} steps per epoch, {exact}"
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raises PositionChangedError naming the keys in which a saved position differs."""
-        differing = [key for key in _STATE_KEYS if saved.get(key) != self._position.get(key)]
-        if differing:
-            changes = ", ".join(f"{key}: {saved.get(key)} -> {self._position.get(key)}" for key in differing)
-            raise PositionChangedError(
-                f"the saved position in the data cannot be continued, it differs in {changes}",
-                "bring back the same shards and settings, or say how to go on with "
-                "run.resume_data=restart_epoch or continue_reseeded, or start a new run directory",
-            )
+        check_position(saved, self._position)
 
     def world_sizes(self) -> list[int]:
         """Returns the numbers of processes that continue this run exactly, with equal shares."""
@@ -165,6 +170,11 @@ class TrainStream:
         if not self.exact or len(self.world_sizes()) == self._ranges.lanes:
             return sizes
         return f"{sizes}; with data.uneven=true any number up to {self._ranges.lanes}"
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The names that `Batch.counts` may hold."""
+        return self._recipe.captions.counted
 
     @property
     def shares(self) -> tuple[int, ...]:
@@ -226,48 +236,61 @@ def open_train(
     Samples need the members that are named by the views, labels and stored vectors, and no others.
     Raises ConfigError or DataError, the same on every rank.
     """
-    if len(options.source.captions) != 1:
-        raise ConfigError(
-            f"data.train has {len(options.source.captions)} caption fields; this version reads one",
-            "keep one entry in data.train.captions",
+    recipes = [
+        Recipe(
+            tuple(image_views),
+            tuple(text_views),
+            CaptionRules(source.captions, source.missing),
+            options.max_pixels,
+            options.seed,
+            tuple(labels),
+            tuple(stored),
         )
-    shards = expand_shards(options.source.shards, allow_pipe=options.allow_pipe)
-    recipe = Recipe(
-        tuple(image_views),
-        tuple(text_views),
-        options.source.captions[0].field,
-        options.max_pixels,
-        options.seed,
-        tuple(labels),
-        tuple(stored),
-    )
+        for source in options.sources
+    ]
+    stream = _open(options, recipes, world, saved)
+    if saved is not None:
+        stream.check_state(saved)
+    return stream
+
+
+def _open(
+    options: LoaderOptions, recipes: Sequence[Recipe], world: dist.World, saved: dict[str, Any] | None
+) -> TrainStream:
     lazy = options.index == "lazy"
     if saved is not None and (saved.get("index") == "lazy") != lazy:
         raise PositionChangedError(
             f"this run was begun with data.index: {'eager' if lazy else 'lazy'}",
             "set data.index to that, or start a new run directory",
         )
+    if len(recipes) > 1:
+        from clipkit.data.mixture_stream import open_mixture
+
+        return open_mixture(options, recipes, world, saved)
+    (source,), (recipe,) = options.sources, recipes
+    shards: list[str] = together(lambda: expand_shards(source.shards, allow_pipe=options.allow_pipe))
     if lazy:
         from clipkit.data.lazy import open_lazy
 
-        stream = open_lazy(options, shards, recipe, world, saved)
-    elif any(needs_stream(shard) for shard in shards):
-        stream = _open_stream(options, shards, recipe, world)
-    else:
-        try:
-            stream = _open_indexed(options, shards, recipe, world, saved)
-        except NoRanges:
-            if options.on_no_range != "stream":
-                raise
-            stream = _open_stream(options, shards, recipe, world)
-    if saved is not None:
-        stream.check_state(saved)
-    return stream
+        return open_lazy(options, shards, recipe, world, saved)
+    if any(needs_stream(shard) for shard in shards):
+        return _open_stream(options, shards, recipe, world)
+    try:
+        return _open_indexed(options, shards, recipe, world, saved)
+    except NoRanges:
+        if options.on_no_range != "stream":
+            raise
+        return _open_stream(options, shards, recipe, world)
 
 
 def _open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World) -> TrainStream:
     from clipkit.data.stream import open_stream
 
+    if options.holdout is not None:
+        raise ConfigError(
+            "data.holdout needs an index, and these shards are read as a stream (exact: false)",
+            "use plain .tar files, or leave data.holdout out and evaluate on a set of its own (run.evaluate)",
+        )
     return open_stream(options, shards, recipe, world)
 
 
@@ -275,11 +298,12 @@ def _open_indexed(
     options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World, saved: dict[str, Any] | None
 ) -> TrainStream:
     index = shared_index(shards, options, world)
+    kept = kept_samples(index, options)
     source = ShardBytes(index, options.storage)
-    sizes = order_sizes(index, index.num_samples, index.stride, options, world, saved)
-    order = Order(index.counts, options.batch_size, *sizes, options.seed)
+    sizes = order_sizes(index, kept.num_samples, index.stride, options, world, saved)
+    order = Order(kept.counts, options.batch_size, *sizes, options.seed)
     widths = stored_widths(first_samples(index, source), recipe.stored, options.max_consecutive)
-    recipe = replace(recipe.for_pairs(index.num_samples), widths=widths)
+    recipe = replace(recipe.for_pairs(kept.num_samples), widths=widths)
     lanes = {"lanes": order.lanes, "chunk_size": order.chunk_size, "window_chunks": order.window_chunks}
     position = {
         "order_version": ORDER_VERSION,
@@ -287,54 +311,27 @@ def _open_indexed(
         "seed": options.seed,
         "batch_size": options.batch_size,
         **lanes,
-        "num_samples": index.num_samples,
+        "num_samples": kept.num_samples,
         "index_sha": index.sha,
+        **({"held_out": kept.sha} if kept.sha else {}),
     }
     banner = {
-        "samples": index.num_samples,
+        "samples": kept.num_samples,
         "shards": len(shards),
         "exact": True,
         **lanes,
         "ignored_members": index.ignored,
         "index": index.file or "in memory",
+        **({"held_out": len(kept.held)} if kept.sha else {}),
     }
-    return TrainStream(
-        WindowReader(index, order, recipe, options, source),
+    stream = TrainStream(
+        WindowReader(kept, order, recipe, options, source),
         RowRanges(options.batch_size, order.lanes, world, options.workers, options.uneven),
         recipe,
         options,
         position,
         banner,
     )
-
-
-def order_sizes(
-    index: Index,
-    num_samples: int,
-    stride: int,
-    options: LoaderOptions,
-    world: dist.World,
-    saved: dict[str, Any] | None,
-) -> tuple[int, int, int]:
-    """Returns lanes, chunk size and chunks of a window: those of the run if it is continued.
-
-    index: where the size of a sample comes from; num_samples and stride: of the whole set.
-    """
-    window_samples = options.window_bytes / max(1.0, index.sample_bytes)
-    if saved is not None and saved.get("batch_size") != options.batch_size:
-        raise PositionChangedError(
-            f"the saved position counts batches of {saved.get('batch_size')}, not of {options.batch_size}",
-            f"set data.batch_size={saved.get('batch_size')}, or say how to go on with "
-            "run.resume_data=restart_epoch or continue_reseeded",
-        )
-    if saved is not None and saved.get("lanes"):
-        lanes, chunk, window = (int(saved[key]) for key in ("lanes", "chunk_size", "window_chunks"))
-        if options.lanes not in (None, lanes):
-            raise ConfigError(
-                f"data.lanes={options.lanes}, but this run was started with {lanes}",
-                f"set data.lanes={lanes} or leave it out",
-            )
-    else:
-        lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples, options.uneven)
-        chunk, window = default_chunks(num_samples, lanes, -(-lanes // world.size), window_samples, stride)
-    return lanes, chunk, window
+    if kept.sha:
+        stream.held = (HeldOut(kept, options.sources[0].captions),)
+    return stream

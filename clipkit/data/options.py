@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class CaptionField:
-    """Where captions stand: a member ("txt") or a path into a JSON member ("json.caption")."""
+    """Where captions stand: a member ("txt") or a path into a JSON member ("json.caption").
+
+    weight  how often it is drawn, relative to the other fields
+    lines   every line of the text is a caption of its own
+    """
 
     field: str = "txt"
     weight: float = 1.0
+    lines: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set of shards and the fields its captions are read from."""
+    """A set of shards and the fields its captions are read from.
+
+    weight   of each of its samples among those of other sources: their parts of a batch are as the weights
+    missing  what becomes of a sample that lacks the field drawn for it: another field is drawn ("fallback"),
+             or the sample is unusable ("reject")
+    name     under which its samples are counted; None: from the path of the shards
+    """
 
     shards: str | tuple[str, ...]
     captions: tuple[CaptionField, ...] = (CaptionField(),)
     weight: float = 1.0
+    missing: Literal["fallback", "reject"] = "fallback"
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ DEFAULT_STORAGE = Storage()
 class LoaderOptions:
     """Options of the training stream.
 
+    source               one, or several that make a mixture
     batch_size           samples over all ranks
     workers              worker processes per rank; 0 builds batches in the main process
     lanes                None: chosen from batch size and ranks
@@ -53,9 +68,10 @@ class LoaderOptions:
     on_no_range          "refuse" a server without byte ranges, or "stream" it without an exact order
     index_dir            where the index is kept; None: beside the shards, or in the user's cache folder
     index                "eager": before the first step; "lazy": while the first epoch is read
+    holdout              pairs that are never trained on: an int is their number, a float their share
     """
 
-    source: Source
+    source: Source | tuple[Source, ...]
     batch_size: int
     seed: int
     workers: int = 0
@@ -74,3 +90,9 @@ class LoaderOptions:
     index_dir: str | None = None
     index: str = "eager"
     storage: Storage = DEFAULT_STORAGE
+    holdout: int | float | None = None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All sources, also where there is one."""
+        return (self.source,) if isinstance(self.source, Source) else self.source

@@ -26,6 +26,8 @@ from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
 from clipkit.data.order import check_shares
 from clipkit.dist import World
+from clipkit.evaluation.holdout import holdout_notes, holdout_set
+from clipkit.evaluation.sets import RetrievalSet
 from clipkit.learner import Learner, freeze_unused, needs_of
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
@@ -46,7 +48,8 @@ COLLECTIVE_GRACE_S = 30.0
 class Run:
     """Everything a run holds: `learner` is the prepared module, `bare` the same module unwrapped.
 
-    teacher_files: fixed teacher -> file -> {bytes, sha256} of what clipkit.train.teachers has stored of it.
+    teacher_files: fixed teacher -> file -> {bytes, sha256} of what clipkit.train.teachers has stored of it;
+    holdout: the pairs of data.holdout.
     """
 
     config: Config
@@ -62,6 +65,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     trackers: Trackers = field(init=False)
     teacher_files: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    holdout: RetrievalSet | None = None
 
     def __post_init__(self) -> None:
         self.trackers = Trackers(self.config, self.folder)
@@ -172,10 +176,16 @@ def open_stream(
 ) -> TrainStream:
     """Returns the training data of the configuration for this rank: what `needs` declares and no more."""
     data = config.data
-    source = data.train[0]
     options = LoaderOptions(
-        source=Source(
-            source.shards, tuple(CaptionField(c.field, c.weight) for c in source.captions), source.weight
+        source=tuple(
+            Source(
+                source.shards,
+                tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in source.captions),
+                source.weight,
+                source.missing,
+                source.name,
+            )
+            for source in data.train
         ),
         batch_size=data.batch_size,
         seed=config.run.seed,
@@ -194,6 +204,7 @@ def open_stream(
         index_dir=data.index_dir,
         index=data.index,
         storage=Storage(data.storage.endpoint, data.storage.region, data.storage.profile),
+        holdout=parse_interval(data.holdout).fraction if isinstance(data.holdout, str) else data.holdout,
     )
 
     def opener(options: LoaderOptions, saved: dict[str, Any] | None) -> TrainStream:
@@ -302,6 +313,8 @@ def prepare(
     teachers = build_teachers(needs, towers, stored)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
     stream = open_stream(config, views, needs, world, saved)
+    held = stream.held_pairs()
+    holdout = holdout_set(held) if held else None
     decay = wants_ema(config, stream.pairs)
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
@@ -319,6 +332,7 @@ def prepare(
     ]
     notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
     notes += _notes(config, accelerator, stream, learner, unused)
+    notes += holdout_notes(held)
     optimizer = make_optimizer(config, learner)
     total = config.total_steps(stream.steps_per_epoch)
     notes += check_schedule(config, total)
@@ -337,4 +351,5 @@ def prepare(
         total_steps=total,
         warmup_steps=config.warmup_steps(total),
         notes=notes,
+        holdout=holdout,
     )
