@@ -19,6 +19,7 @@ FLOORS = {
     "redaction": 0,
     "types": 0,
     "dist": 0,
+    "lock": 0,
     "losses": 1,
     "data": 1,
     "models": 1,
