@@ -36,6 +36,7 @@ FLOORS = {
     "bench": 4,
     "quickstart": 5,
     "doctor": 5,
+    "proposal": 5,
     "cli": 5,
 }
 
@@ -48,6 +49,8 @@ SAME_FLOOR = {
     ("evaluation", "log"): "long evaluations report progress",
     ("cli", "quickstart"): "a command calls one function",
     ("cli", "doctor"): "a command calls one function",
+    ("cli", "proposal"): "a command calls one function",
+    ("proposal", "doctor"): "a run file is proposed for the machine that doctor describes",
 }
 
 # Files at the top that are not on a floor: they name others only lazily or run them.

@@ -106,9 +106,17 @@ class CaptionConfig(Section):
 
 
 class SourceConfig(Section):
-    """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture."""
+    """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture.
+
+    In the place of shards may stand pairs as they are: a CSV, TSV or Parquet table with a row per image, or a
+    folder of images with same-stem .txt files. Their shards are made once, and again when they change (see
+    data.cache). image_root: folder or zip of a table's images, by default what lies beside it; image_key: its
+    column of image paths. A caption field is then a column; `txt` means the captions as they are found.
+    """
 
     shards: Shards
+    image_root: Text | None = None
+    image_key: Text | None = None
     captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
         CaptionConfig(),
     )
@@ -129,6 +137,7 @@ class DataConfig(Section):
     uneven: take numbers of processes that do not divide lanes and batch; losses are weighted by rows;
     max_lost_chunks: how many chunks may stay unreadable, their samples replaced and listed in rejects.jsonl;
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
+    cache: where shards of raw data are kept; None: .clipkit-cache beside it, or the user's cache folder;
     index_dir: a folder with the index that `clipkit index --out` made; index: lazy builds it while the first
     epoch is read, in an order of whole shards.
     """
@@ -146,6 +155,7 @@ class DataConfig(Section):
     max_lost_chunks: Whole = 0
     allow_pipe: bool = False
     on_no_range: Literal["refuse", "stream"] = "refuse"
+    cache: Text | None = None
     index_dir: Text | None = None
     index: Literal["eager", "lazy"] = "eager"
     storage: StorageConfig = StorageConfig()

@@ -37,7 +37,7 @@ __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStre
 
 _STATE_KEYS = (
     "order_version", "exact", "seed", "batch_size", "lanes", "chunk_size", "window_chunks", "num_samples",
-    "index_sha", "first_lanes", "first_window", "shards_sha",
+    "index_sha", "first_lanes", "first_window", "shards_sha", "contents",
 )  # fmt: skip
 
 
@@ -155,6 +155,11 @@ class TrainStream:
                 "run.resume_data=restart_epoch or continue_reseeded, or start a new run directory",
             )
 
+    def note_contents(self, contents: Sequence[str]) -> None:
+        """Puts into `state` what the shards of raw data hold, "" for other sources; changes nothing else."""
+        if any(contents):
+            self._position["contents"] = list(contents)
+
     def world_sizes(self) -> list[int]:
         """Returns the numbers of processes that continue this run exactly, with equal shares."""
         return divisors(self._ranges.lanes) if self.exact else [self._ranges.world.size]
@@ -260,6 +265,7 @@ def open_train(
             if options.on_no_range != "stream":
                 raise
             stream = _open_stream(options, shards, recipe, world)
+    stream.note_contents([options.source.content])
     if saved is not None:
         stream.check_state(saved)
     return stream

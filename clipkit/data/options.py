@@ -15,11 +15,20 @@ class CaptionField:
 
 @dataclass(frozen=True)
 class Source:
-    """A set of shards and the fields its captions are read from."""
+    """A set of shards and the fields its captions are read from.
+
+    image_root  of raw data, which stands in the place of shards: where a table's images lie
+    image_key   of raw data: a table's column of image paths
+    content     a hash of the shards' bytes where they are known to stand for raw data: a saved position
+                continues only on the same
+    """
 
     shards: str | tuple[str, ...]
     captions: tuple[CaptionField, ...] = (CaptionField(),)
     weight: float = 1.0
+    image_root: str | None = None
+    image_key: str | None = None
+    content: str = ""
 
 
 @dataclass(frozen=True)

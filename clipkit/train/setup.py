@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,15 +23,20 @@ from torch.distributed.fsdp import FSDPModule
 from clipkit import optim
 from clipkit.config import Config, check_schedule, parse_interval
 from clipkit.data.continuing import open_continued
+from clipkit.data.engine import usable_processors
 from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
 from clipkit.data.order import check_shares
+from clipkit.data.raw import Rules
+from clipkit.data.raw.sharing import shards_of
 from clipkit.dist import World
 from clipkit.learner import Learner, freeze_unused, needs_of
+from clipkit.log import StageProgress
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import TowerOptions, Towers, build
 from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, shared_scale
+from clipkit.redaction import visible
 from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, teacher_notes, widths_of
 from clipkit.train.sharding import shard
 from clipkit.train.trackers import Trackers
@@ -167,16 +173,30 @@ def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
     return towers, objectives
 
 
+def open_source(config: Config, world: World) -> Source:
+    """Returns the training data of the configuration as shards, made now of raw data; called by all ranks."""
+    data = config.data
+    entry = data.train[0]
+    source = Source(
+        entry.shards,
+        tuple(CaptionField(c.field, c.weight) for c in entry.captions),
+        entry.weight,
+        entry.image_root,
+        entry.image_key,
+    )
+    cache = None if data.cache is None else Path(data.cache)
+    rules = Rules(cache, usable_processors(), data.max_reject_fraction)
+    with StageProgress() as progress:
+        return shards_of(source, rules, world, lambda line: print(visible(line), file=sys.stderr), progress)
+
+
 def open_stream(
-    config: Config, views: Views, needs: Needs, world: World, saved: dict[str, Any] | None
+    config: Config, source: Source, views: Views, needs: Needs, world: World, saved: dict[str, Any] | None
 ) -> TrainStream:
     """Returns the training data of the configuration for this rank: what `needs` declares and no more."""
     data = config.data
-    source = data.train[0]
     options = LoaderOptions(
-        source=Source(
-            source.shards, tuple(CaptionField(c.field, c.weight) for c in source.captions), source.weight
-        ),
+        source=source,
         batch_size=data.batch_size,
         seed=config.run.seed,
         workers=data.workers,
@@ -296,12 +316,14 @@ def prepare(
     """
     world = World.current()
     check_world(config, world, saved)
+    # Before the towers: what cannot be read is refused in seconds.
+    source = open_source(config, world)
     seed_everything(config.run.seed)
     towers, objectives = build_towers(config)
     needs = needs_of(part for part, _ in objectives.values())
     teachers = build_teachers(needs, towers, stored)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
-    stream = open_stream(config, views, needs, world, saved)
+    stream = open_stream(config, source, views, needs, world, saved)
     decay = wants_ema(config, stream.pairs)
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
