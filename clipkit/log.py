@@ -78,7 +78,8 @@ class RunLog:
 
     Keys of a step record: step, samples, loss, loss/<objective>, lr, logit_scale, grad_norm,
     samples_per_second, data_wait (fraction of the time spent waiting for data), accuracy (in-batch, 0..1),
-    read_retries (reads of all ranks that failed and were tried again since the last record, if any).
+    read_retries (reads of all ranks that failed and were tried again since the last record, if any),
+    samples/<source> (of a mixture: samples seen of each source since the run began).
     Others are written to metrics.jsonl and not shown.
     """
 

@@ -83,6 +83,7 @@ class Batch:
     shares    rows of the global batch on every rank, () where all hold equally many
     rejects   samples that were replaced while this batch was built
     retries   reads that failed and were tried again while it was built
+    counts    what its rows came from -> how many, such as "captions/txt"; only where there is a choice
     """
 
     images: dict[str, Tensor]
@@ -96,6 +97,7 @@ class Batch:
     rejects: tuple[Reject, ...] = ()
     retries: int = 0
     shares: tuple[int, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -104,7 +106,7 @@ class Batch:
         changed: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, dict):
+            if isinstance(value, dict) and entry.name != "counts":
                 changed[entry.name] = {name: change(tensor) for name, tensor in value.items()}
             elif entry.name in ("ids", "slots"):
                 changed[entry.name] = change(value)
@@ -121,7 +123,7 @@ class Batch:
     def rows(self, start: int, stop: int) -> Batch:
         """Returns rows start..stop as a batch of its own (a micro-batch)."""
         part = self._map(lambda tensor: tensor[start:stop])
-        return replace(part, keys=self.keys[start:stop], rejects=(), shares=())
+        return replace(part, keys=self.keys[start:stop], rejects=(), shares=(), counts={})
 
 
 @dataclass(frozen=True)

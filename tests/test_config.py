@@ -156,6 +156,21 @@ def test_a_configuration_is_immutable_and_travels_between_processes() -> None:
     assert pickle.loads(pickle.dumps(found)) == found
 
 
+def test_a_source_names_its_caption_fields(tmp_path: Path) -> None:
+    spec = "{shards: a.tar, missing: reject, captions: [txt, {field: json.re, weight: 3}]}"
+    (source,) = load_config(written(tmp_path, MINIMAL), [f"data.train=[{spec}]"]).data.train
+    assert source.missing == "reject"
+    assert [(c.field, c.weight, c.lines) for c in source.captions] == [
+        ("txt", 1.0, False),
+        ("json.re", 3.0, False),
+    ]
+    lines = load_config(written(tmp_path, MINIMAL), ["data.train.0.captions=[{field: txt, lines: true}]"])
+    assert lines.data.train[0].captions[0].lines
+    assert lines.data.train[0].missing == "fallback"
+    named = {"shards": "a.tar", "captions": "json.caption"}
+    assert config(data={"train": [named]}).data.train[0].captions[0].field == "json.caption"
+
+
 # ---- layers
 
 
@@ -276,7 +291,23 @@ def test_bad_overrides_are_named(tmp_path: Path, override: str, cause: str) -> N
         ("data", "batch_size: 8\n  lanes: 3", "lanes 3 does not divide batch_size 8", "divisor"),
         ("data", "batch_size: 8\n  crop_scale: [0.9, 0.5]", "not a range of areas", "0 < low <= high <= 1"),
         ("data", "batch_size: 8\n  train: 7", "data.train", "list"),
-        ("data", "batch_size: 8\n  train: [{shards: a}, {shards: b}]", "2 sources", "one source"),
+        (
+            "data",
+            "batch_size: 8\n  train: [{shards: a, name: c}, {shards: b, name: c}]",
+            "two sources are called c",
+            "a name of its own",
+        ),
+        ("data", "batch_size: 8\n  train: [{shards: a, weight: 0}]", "expected a number above 0", "above 0"),
+        *(
+            ("data", f"batch_size: 8\n  train: [{{shards: a, {entry}}}]", cause, cure)
+            for entry, cause, cure in (
+                ("captions: []", "captions", "a longer list"),
+                ("captions: [txt, txt]", "the field txt is named twice", "larger weight"),
+                ("captions: [{field: txt, weight: 0}]", "expected a number above 0", "above 0"),
+                ("captions: 7", "captions", "list"),
+                ("missing: skip", "expected fallback or reject, not 'skip'", "fallback"),
+            )
+        ),
     ],
 )
 def test_one_wrong_line_is_named_with_its_cure(
@@ -363,6 +394,13 @@ def test_differences_name_what_forbids_continuing() -> None:
         (difference,) = ours.differences(config(**section))
         ((name, values),) = section.items()
         assert difference.startswith(f"{name}.{next(iter(values))}")
+    # Runs that were begun when a source had neither of these keys go on.
+    before = ours.values()
+    (source,) = before["data"]["train"]
+    del source["missing"], source["captions"][0]["lines"]
+    assert ours.differences(before) == []
+    source["missing"] = "reject"
+    assert [line.split(":")[0] for line in ours.differences(before)] == ["data.train.0.missing"]
 
 
 def test_secrets_of_urls_are_in_no_dump_and_no_message(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ _IDENTITY = (
     "run.seed",
     "run.weight_ema",
 )
+# Values that say what runs did before these keys existed: they tell no two runs apart.
+_AS_BEFORE = {"missing": "fallback", "lines": False}
 _WARMUP_LIMIT = 0.25
 
 
@@ -77,6 +79,11 @@ class Config(Section):
             raise refuse(
                 "run.epochs needs the number of samples, which data.index: lazy does not know",
                 "give run.samples or run.steps instead",
+            )
+        if self.data.index == "lazy" and len(self.data.train) > 1:
+            raise refuse(
+                "data.index: lazy does not go with several sources: their sizes must be known",
+                "leave data.index out; `clipkit index` prepares the sources, on several machines if need be",
             )
         if self.data.uneven and self.data.index == "lazy":
             raise refuse(
@@ -135,7 +142,7 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """Returns dotted key -> value of everything that must stay the same when a run is continued."""
-        return {key: value for key, value in self.flat().items() if key.startswith(_IDENTITY)}
+        return _identity_of(self.values())
 
     def digest(self) -> str:
         """Returns a short hash of `identity()`."""
@@ -156,7 +163,11 @@ class Config(Section):
 
 
 def _identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in _flatten(redact_all(values)).items() if key.startswith(_IDENTITY)}
+    return {
+        key: value
+        for key, value in _flatten(redact_all(values)).items()
+        if key.startswith(_IDENTITY) and _AS_BEFORE.get(key.rpartition(".")[2]) != value
+    }
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from clipkit.config.values import (
     WeightEma,
     Whole,
     Workers,
+    as_captions,
     as_sources,
     as_tuple,
     default_workers,
@@ -99,14 +100,24 @@ class ObjectiveConfig(Section):
 
 
 class CaptionConfig(Section):
-    """Where a caption is read: `txt`, or a path into the JSON member such as `json.caption`."""
+    """Where captions are read: `txt`, or a path into the JSON member such as `json.caption`.
+
+    A JSON list holds several captions, and with `lines: true` so does a text, one on each line: one of them
+    is drawn. weight: how often the field is drawn, relative to the others.
+    """
 
     field: Text = "txt"
     weight: Positive = 1.0
+    lines: bool = False
 
 
 class SourceConfig(Section):
-    """Shards (paths, braces, globs or a folder) and their caption fields; weight per sample in a mixture.
+    """Shards (paths, braces, globs or a folder) and their caption fields.
+
+    weight: the part of the samples seen that are of this source; 7 and 3 mean the same as 0.7 and 0.3, and
+    every batch is divided so, to within one sample. name: what its samples are counted under; by default the
+    folder of the shards. missing: a sample without the field drawn for it gets one of the fields that it has
+    (fallback), or is replaced and listed in rejects.jsonl (reject).
 
     In the place of shards may stand pairs as they are: a CSV, TSV or Parquet table with a row per image, or a
     folder of images with same-stem .txt files. Their shards are made once, and again when they change (see
@@ -117,10 +128,21 @@ class SourceConfig(Section):
     shards: Shards
     image_root: Text | None = None
     image_key: Text | None = None
-    captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+    captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_captions), Field(min_length=1)] = (
         CaptionConfig(),
     )
+    missing: Literal["fallback", "reject"] = "fallback"
     weight: Positive = 1.0
+    name: Text | None = None
+
+    @field_validator("captions")
+    @classmethod
+    def _fields_once(cls, value: tuple[CaptionConfig, ...]) -> tuple[CaptionConfig, ...]:
+        names = [caption.field for caption in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise refuse(f"the field {', '.join(twice)} is named twice", "name it once, with a larger weight")
+        return value
 
 
 class StorageConfig(Section):
@@ -139,7 +161,8 @@ class DataConfig(Section):
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
     cache: where shards of raw data are kept; None: .clipkit-cache beside it, or the user's cache folder;
     index_dir: a folder with the index that `clipkit index --out` made; index: lazy builds it while the first
-    epoch is read, in an order of whole shards.
+    epoch is read, in an order of whole shards. Several sources in `train` make a mixture, whose epoch is as
+    many samples as all of them hold, whichever they are from.
     """
 
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources), Field(min_length=1)]
@@ -165,13 +188,11 @@ class DataConfig(Section):
 
     @field_validator("train")
     @classmethod
-    def _one_source(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-        if len(value) > 1 or len(value[0].captions) > 1:
-            raise refuse(
-                f"{len(value)} sources with {len(value[0].captions)} caption fields in the first; "
-                "exactly one source with one caption field is read",
-                "name one source (its shards may be a list) and one caption field",
-            )
+    def _names_once(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        named = [source.name for source in value if source.name is not None]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise refuse(f"two sources are called {', '.join(twice)}", "give each a name of its own")
         return value
 
     @field_validator("recipes")

@@ -102,6 +102,14 @@ def as_sources(value: Any) -> Any:
     return as_tuple(value)
 
 
+def as_captions(value: Any) -> Any:
+    """Returns a caption field, or a list of them, with every one that is only named as a section."""
+    entries = (value,) if isinstance(value, str) else as_tuple(value)
+    if not isinstance(entries, tuple):
+        return value
+    return tuple({"field": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
 def _one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else as_tuple(value)
 

@@ -136,13 +136,13 @@ class LaneReader(WindowRows):
         quota = self.order.quota
         base = step * self.order.batch_size
         before = self.files.retried
-        places: list[tuple[Loaded, int, int]] = []
+        places: list[tuple[Loaded, int, int, int]] = []
         for row in range(first, end):
             lane, offset = divmod(row, quota)
             window = self._window(lane, step * quota + offset)
             if window is None:
                 return None
-            places.append((window, step * quota + offset - window.start, base + row))
+            places.append((window, step * quota + offset - window.start, 0, base + row))
         rows: Iterator[Row] = (self._row(*place) for place in places)
         built = self._build(0, range(base + first, base + end), rows)
         passed, self.passed = self.passed, {}

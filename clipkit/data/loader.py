@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from clipkit import dist
+from clipkit.data.captions import CaptionRules
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
@@ -37,7 +38,7 @@ __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStre
 
 _STATE_KEYS = (
     "order_version", "exact", "seed", "batch_size", "lanes", "chunk_size", "window_chunks", "num_samples",
-    "index_sha", "first_lanes", "first_window", "shards_sha", "contents",
+    "index_sha", "first_lanes", "first_window", "shards_sha", "mixture_version", "contents",
 )  # fmt: skip
 
 
@@ -95,12 +96,13 @@ class TrainStream:
         self._running = running
         return running
 
-    def renumber(self, step: int, epoch: int, batch_in_epoch: int, config_seed: int) -> None:
-        """Lets `step` of the run take that batch of `epoch`; changes what `batches` and `state` return.
+    def renumber(self, saved: dict[str, Any], batch_in_epoch: int, config_seed: int) -> None:
+        """Lets the step of a saved position take that batch of its epoch; changes what `batches` and `state`
+        return.
 
         config_seed: what the configuration says, where the order has a seed of its own since.
         """
-        self._shift = self._batch_number(epoch, batch_in_epoch) - step
+        self._shift = self._batch_number(saved["epoch"], batch_in_epoch) - int(saved["step"])
         self._position["config_seed"] = config_seed
 
     def _batch_number(self, epoch: int, batch_in_epoch: int) -> int:
@@ -133,6 +135,14 @@ class TrainStream:
         assert self.steps_per_epoch is not None
         return (step + self._shift) % self.steps_per_epoch == 0
 
+    def contributions(self, step: int) -> dict[str, int]:
+        """Returns how many samples of each source of a mixture the run has seen before `step`, by name."""
+        return {}
+
+    def describe_sources(self, total_steps: int) -> list[str]:
+        """Returns a line about each source of a mixture in a run of so many steps."""
+        return []
+
     @property
     def pairs(self) -> int:
         """The size of the set that defaults go by, the same throughout a run."""
@@ -146,9 +156,10 @@ class TrainStream:
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raises PositionChangedError naming the keys in which a saved position differs."""
-        differing = [key for key in _STATE_KEYS if saved.get(key) != self._position.get(key)]
+        theirs, ours = _identity(saved), _identity(self._position)
+        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if differing:
-            changes = ", ".join(f"{key}: {saved.get(key)} -> {self._position.get(key)}" for key in differing)
+            changes = ", ".join(f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in differing)
             raise PositionChangedError(
                 f"the saved position in the data cannot be continued, it differs in {changes}",
                 "bring back the same shards and settings, or say how to go on with "
@@ -170,6 +181,11 @@ class TrainStream:
         if not self.exact or len(self.world_sizes()) == self._ranges.lanes:
             return sizes
         return f"{sizes}; with data.uneven=true any number up to {self._ranges.lanes}"
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The names that `Batch.counts` may hold."""
+        return self._recipe.captions.counted
 
     @property
     def shares(self) -> tuple[int, ...]:
@@ -203,6 +219,16 @@ class TrainStream:
             running.close()
 
 
+def _identity(position: dict[str, Any]) -> dict[str, Any]:
+    """What a position must agree in with another one, those of a mixture source by source."""
+    sources = {
+        f"sources.{number}.{key}": value
+        for number, source in enumerate(position.get("sources", ()))
+        for key, value in source.items()
+    }
+    return {key: position.get(key) for key in _STATE_KEYS} | sources
+
+
 def _say_nothing(_: str) -> None:
     return None
 
@@ -231,44 +257,52 @@ def open_train(
     Samples need the members that are named by the views, labels and stored vectors, and no others.
     Raises ConfigError or DataError, the same on every rank.
     """
-    if len(options.source.captions) != 1:
-        raise ConfigError(
-            f"data.train has {len(options.source.captions)} caption fields; this version reads one",
-            "keep one entry in data.train.captions",
+    recipes = [
+        Recipe(
+            tuple(image_views),
+            tuple(text_views),
+            CaptionRules(source.captions, source.missing),
+            options.max_pixels,
+            options.seed,
+            tuple(labels),
+            tuple(stored),
         )
-    shards = expand_shards(options.source.shards, allow_pipe=options.allow_pipe)
-    recipe = Recipe(
-        tuple(image_views),
-        tuple(text_views),
-        options.source.captions[0].field,
-        options.max_pixels,
-        options.seed,
-        tuple(labels),
-        tuple(stored),
-    )
+        for source in options.sources
+    ]
+    stream = _open(options, recipes, world, saved)
+    stream.note_contents([source.content for source in options.sources])
+    if saved is not None:
+        stream.check_state(saved)
+    return stream
+
+
+def _open(
+    options: LoaderOptions, recipes: Sequence[Recipe], world: dist.World, saved: dict[str, Any] | None
+) -> TrainStream:
     lazy = options.index == "lazy"
     if saved is not None and (saved.get("index") == "lazy") != lazy:
         raise PositionChangedError(
             f"this run was begun with data.index: {'eager' if lazy else 'lazy'}",
             "set data.index to that, or start a new run directory",
         )
+    if len(recipes) > 1:
+        from clipkit.data.mixture_stream import open_mixture
+
+        return open_mixture(options, recipes, world, saved)
+    (source,), (recipe,) = options.sources, recipes
+    shards = expand_shards(source.shards, allow_pipe=options.allow_pipe)
     if lazy:
         from clipkit.data.lazy import open_lazy
 
-        stream = open_lazy(options, shards, recipe, world, saved)
-    elif any(needs_stream(shard) for shard in shards):
-        stream = _open_stream(options, shards, recipe, world)
-    else:
-        try:
-            stream = _open_indexed(options, shards, recipe, world, saved)
-        except NoRanges:
-            if options.on_no_range != "stream":
-                raise
-            stream = _open_stream(options, shards, recipe, world)
-    stream.note_contents([options.source.content])
-    if saved is not None:
-        stream.check_state(saved)
-    return stream
+        return open_lazy(options, shards, recipe, world, saved)
+    if any(needs_stream(shard) for shard in shards):
+        return _open_stream(options, shards, recipe, world)
+    try:
+        return _open_indexed(options, shards, recipe, world, saved)
+    except NoRanges:
+        if options.on_no_range != "stream":
+            raise
+        return _open_stream(options, shards, recipe, world)
 
 
 def _open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World) -> TrainStream:
@@ -327,20 +361,32 @@ def order_sizes(
     index: where the size of a sample comes from; num_samples and stride: of the whole set.
     """
     window_samples = options.window_bytes / max(1.0, index.sample_bytes)
-    if saved is not None and saved.get("batch_size") != options.batch_size:
+    lanes = saved_lanes(options, saved)
+    if lanes is not None and saved is not None and saved.get("chunk_size"):
+        return lanes, int(saved["chunk_size"]), int(saved["window_chunks"])
+    lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples, options.uneven)
+    return lanes, *default_chunks(num_samples, lanes, -(-lanes // world.size), window_samples, stride)
+
+
+def saved_lanes(options: LoaderOptions, saved: dict[str, Any] | None) -> int | None:
+    """Returns the lanes of a saved position, None where there are none.
+
+    Raises ConfigError where the options ask for others, or count other batches.
+    """
+    if saved is None:
+        return None
+    if saved.get("batch_size") != options.batch_size:
         raise PositionChangedError(
             f"the saved position counts batches of {saved.get('batch_size')}, not of {options.batch_size}",
             f"set data.batch_size={saved.get('batch_size')}, or say how to go on with "
             "run.resume_data=restart_epoch or continue_reseeded",
         )
-    if saved is not None and saved.get("lanes"):
-        lanes, chunk, window = (int(saved[key]) for key in ("lanes", "chunk_size", "window_chunks"))
-        if options.lanes not in (None, lanes):
-            raise ConfigError(
-                f"data.lanes={options.lanes}, but this run was started with {lanes}",
-                f"set data.lanes={lanes} or leave it out",
-            )
-    else:
-        lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples, options.uneven)
-        chunk, window = default_chunks(num_samples, lanes, -(-lanes // world.size), window_samples, stride)
-    return lanes, chunk, window
+    if not saved.get("lanes"):
+        return None
+    lanes = int(saved["lanes"])
+    if options.lanes not in (None, lanes):
+        raise ConfigError(
+            f"data.lanes={options.lanes}, but this run was started with {lanes}",
+            f"set data.lanes={lanes} or leave it out",
+        )
+    return lanes

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class CaptionField:
-    """Where captions stand: a member ("txt") or a path into a JSON member ("json.caption")."""
+    """Where captions stand: a member ("txt") or a path into a JSON member ("json.caption").
+
+    weight  how often it is drawn, relative to the other fields
+    lines   every line of the text is a caption of its own
+    """
 
     field: str = "txt"
     weight: float = 1.0
+    lines: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
     """A set of shards and the fields its captions are read from.
 
+    weight   of each of its samples among those of other sources: their parts of a batch are as the weights
+    missing  what becomes of a sample that lacks the field drawn for it: another field is drawn ("fallback"),
+             or the sample is unusable ("reject")
+    name     under which its samples are counted; None: from the path of the shards
     image_root  of raw data, which stands in the place of shards: where a table's images lie
     image_key   of raw data: a table's column of image paths
     content     a hash of the shards' bytes where they are known to stand for raw data: a saved position
@@ -26,6 +36,8 @@ class Source:
     shards: str | tuple[str, ...]
     captions: tuple[CaptionField, ...] = (CaptionField(),)
     weight: float = 1.0
+    missing: Literal["fallback", "reject"] = "fallback"
+    name: str | None = None
     image_root: str | None = None
     image_key: str | None = None
     content: str = ""
@@ -47,6 +59,7 @@ DEFAULT_STORAGE = Storage()
 class LoaderOptions:
     """Options of the training stream.
 
+    source               one, or several that make a mixture
     batch_size           samples over all ranks
     workers              worker processes per rank; 0 builds batches in the main process
     lanes                None: chosen from batch size and ranks
@@ -64,7 +77,7 @@ class LoaderOptions:
     index                "eager": before the first step; "lazy": while the first epoch is read
     """
 
-    source: Source
+    source: Source | tuple[Source, ...]
     batch_size: int
     seed: int
     workers: int = 0
@@ -83,3 +96,8 @@ class LoaderOptions:
     index_dir: str | None = None
     index: str = "eager"
     storage: Storage = DEFAULT_STORAGE
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All sources, also where there is one."""
+        return (self.source,) if isinstance(self.source, Source) else self.source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipkit.data.captions import CaptionRules, SlotCaptions
 from clipkit.data.order import hash_key, mix
-from clipkit.data.sample import Absent, RawSample, caption, decode_image, image_bytes
+from clipkit.data.sample import Absent, RawSample, decode_image, image_bytes
 from clipkit.data.targets import Vector, caption_label, field_label, stored_vector
-from clipkit.data.text import ABSENT_CAPTION, EDA, CaptionSource, TextView, label_source
+from clipkit.data.text import ABSENT_CAPTION, DRAWN, EDA, CaptionSource, TextView, label_source
 from clipkit.data.text_edits import eda
 from clipkit.data.views import ImageView
 from clipkit.types import Batch, ConfigError, Reject
@@ -25,13 +27,14 @@ from clipkit.types import Batch, ConfigError, Reject
 
 class Content(NamedTuple):
     """What is needed of one sample: the image if any view reads it, captions by source (None: absent),
-    labels and stored vectors in the order of the recipe.
+    labels and stored vectors in the order of the recipe, and what counts where its caption came from.
     """
 
     image: Image.Image | None
     captions: dict[CaptionSource, str | None]
     labels: tuple[int, ...] = ()
     stored: tuple[Vector, ...] = ()
+    counted: tuple[str, ...] = ()
 
 
 class Row(NamedTuple):
@@ -57,6 +60,7 @@ class SubBatch:
     """What one worker built of one step: rows in slot order, texts not trimmed yet, each text once.
 
     retries  failed reads that were followed by another attempt
+    counts   how often each of the recipe's `counted` applied
     passed   number of a shard -> how far it was read, of those read for this step without an index
     """
 
@@ -70,6 +74,7 @@ class SubBatch:
     stored: dict[str, Tensor]
     present: dict[str, Tensor]
     retries: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     passed: dict[int, Passed] = field(default_factory=dict)
 
 
@@ -77,13 +82,14 @@ class SubBatch:
 class Recipe:
     """How a raw sample becomes a row. Picklable; the same in every worker.
 
-    Members that nothing here names need not exist. labels: "caption", "caption:FIELD" or fields; stored: .npy
-    members, each of the width in `widths`.
+    Members that nothing here names need not exist. captions: where the source has its captions; labels:
+    "caption", "caption:FIELD" or fields; stored: .npy members, each of the width in `widths`. Everything else
+    is the same for all sources of a mixture, and so is what `build` makes of their rows.
     """
 
     image_views: tuple[ImageView, ...]
     text_views: tuple[TextView, ...]
-    caption_field: str
+    captions: CaptionRules
     max_pixels: int
     seed: int
     labels: tuple[str, ...] = ()
@@ -105,10 +111,9 @@ class Recipe:
         """Where captions are read -> whether every user of one can do without it."""
         found: dict[CaptionSource, bool] = {}
         for view in self.text_views:
-            source = view.source(self.caption_field)
-            found[source] = view.optional and found.get(source, True)
+            found[view.source] = view.optional and found.get(view.source, True)
         for label in self.labels:
-            if (read := label_source(label, self.caption_field)) is not None:
+            if (read := label_source(label)) is not None:
                 found[read] = False
         return found
 
@@ -127,7 +132,7 @@ class Recipe:
     def _same_tokens(self, one: TextView, other: TextView) -> bool:
         edited = EDA in (one.recipe, other.recipe)
         return (
-            one.source(self.caption_field) == other.source(self.caption_field)
+            one.source == other.source
             and one.tokenizer is other.tokenizer
             and (one.context_length, one.trim) == (other.context_length, other.trim)
             and (
@@ -135,12 +140,13 @@ class Recipe:
             )
         )
 
-    def prepare(self, sample: RawSample) -> Content:
-        """Returns what is needed of a sample, the cheap parts checked first. Raises Unusable."""
+    def prepare(self, sample: RawSample, epoch: int, slot: int) -> Content:
+        """Returns what this slot needs of a sample, the cheap parts checked first. Raises Unusable."""
         captions: dict[CaptionSource, str | None] = {}
+        read = SlotCaptions(self.captions, sample, hash_key(self.seed, epoch, "caption", slot))
         for source, optional in self.sources.items():
             try:
-                captions[source] = caption(sample, *source)
+                captions[source] = read.caption(source)
             except Absent:
                 if not optional:
                     raise
@@ -150,10 +156,10 @@ class Recipe:
             stored_vector(sample, name, width) for name, width in zip(self.stored, self.widths, strict=True)
         )
         image = decode_image(image_bytes(sample), self.max_pixels) if self.image_views else None
-        return Content(image, captions, labels, stored)
+        return Content(image, captions, labels, stored, read.counted if captions.get(DRAWN) else ())
 
     def _label(self, sample: RawSample, captions: dict[CaptionSource, str | None], name: str) -> int:
-        source = label_source(name, self.caption_field)
+        source = label_source(name)
         return field_label(sample, name) if source is None else caption_label(captions[source] or "")
 
     def build(self, epoch: int, slots: Sequence[int], rows: Iterable[Row]) -> SubBatch:
@@ -193,19 +199,17 @@ class Recipe:
                 for at, name in enumerate(self.stored)
             },
             present={
-                view.name: torch.tensor(
-                    [content.captions[view.source(self.caption_field)] is not None for content in contents]
-                )
+                view.name: torch.tensor([content.captions[view.source] is not None for content in contents])
                 for view in self.text_views
                 if view.optional
             },
+            counts=dict(Counter(name for content in contents for name in content.counted)),
         )
 
     def _captions(
         self, view: TextView, epoch: int, slots: Sequence[int], contents: Sequence[Content]
     ) -> list[str]:
-        source = view.source(self.caption_field)
-        found = [content.captions[source] for content in contents]
+        found = [content.captions[view.source] for content in contents]
         if view.recipe == EDA:
             seeds = slot_seeds(self.seed, epoch, view.name, slots)
             found = [text and eda(text, random.Random(seed)) for text, seed in zip(found, seeds, strict=True)]
@@ -264,6 +268,7 @@ def merge(parts: Sequence[SubBatch], recipe: Recipe) -> Batch:
         present=_joined_all([part.present for part in parts]),
         rejects=tuple(reject for part in parts for reject in part.rejects),
         retries=sum(part.retries for part in parts),
+        counts=dict(sum((Counter(part.counts) for part in parts), Counter())),
     )
 
 

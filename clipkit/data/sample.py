@@ -181,25 +181,29 @@ def caption(sample: RawSample, field: str, index: int | None = None) -> str:
     the whole text, of a list the first entry. Raises Unusable for an over-long (64 KiB) or not strictly
     UTF-8 caption, and Absent for a missing or empty one.
     """
-    text = field_value(sample, field)
-    choices = text
-    if isinstance(text, str):
-        split = index is not None and "." not in field
-        choices = [line for line in text.split("\n") if line.strip()] if split else [text]
-    if isinstance(choices, list):
-        if len(choices) <= (index or 0):
-            raise Absent(
-                "missing caption", f"{field} holds {len(choices)} caption(s), no number {index or 0}"
-            )
-        text = choices[index or 0]
+    entries = caption_entries(sample, field, lines=index is not None and "." not in field)
+    if len(entries) <= (index or 0):
+        raise Absent("missing caption", f"{field} holds {len(entries)} caption(s), no number {index or 0}")
+    return checked_caption(entries[index or 0], field)
+
+
+def caption_entries(sample: RawSample, field: str, lines: bool = False) -> list[Any]:
+    """Returns what stands at `field` as a list, unchecked: the entries of a JSON list, or one text, of which
+    `lines` makes an entry of each line (but white space). Raises Unusable, and Absent for a missing field.
+    """
+    value = field_value(sample, field)
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str) and lines:
+        return [line for line in value.split("\n") if line.strip()]
+    return [value]
+
+
+def checked_caption(text: Any, field: str = "txt") -> str:
+    """Returns an entry of `caption_entries` as a caption; raises Unusable, and Absent for an empty one."""
     if not isinstance(text, str):
         kind = Absent if text is None else Unusable
         raise kind("caption is not text", f"{field} holds {type(text).__name__}")
-    return checked_caption(text)
-
-
-def checked_caption(text: str) -> str:
-    """Returns a caption without white space around it. Raises Unusable for what cannot be trained on."""
     text = text.removeprefix("\ufeff").strip()
     if not text:
         raise Absent("empty caption", "nothing but white space")

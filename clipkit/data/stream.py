@@ -93,15 +93,15 @@ class StreamReader:
         self._next_step = step + 1
         base = within * self.batch_size
         slots = range(base + first, base + end)
-        return self.recipe.build(epoch, slots, (self._row(slot) for slot in slots))
+        return self.recipe.build(epoch, slots, (self._row(epoch, slot) for slot in slots))
 
-    def _row(self, slot: int) -> Row:
+    def _row(self, epoch: int, slot: int) -> Row:
         rejected: list[tuple[RawSample, str, Unusable]] = []
         while len(rejected) < self.max_consecutive:
             sample_id, members = next(self._samples)
             sample = _raw(members)
             try:
-                content = self.recipe.prepare(sample)
+                content = self.recipe.prepare(sample, epoch, slot)
             except Unusable as problem:
                 rejected.append((sample, members["__url__"], problem))
                 continue

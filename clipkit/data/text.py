@@ -22,21 +22,28 @@ ABSENT_CAPTION = "a"
 
 
 class CaptionSource(NamedTuple):
-    """Where a caption stands in a sample; entry: of its lines or list, None: the whole."""
+    """Which caption of a sample is meant.
 
-    field: str
-    entry: int | None
+    field None: the caption drawn for its slot; entry n: the n-th one after it in the same field.
+    Otherwise entry: of the lines or list of that field, None: the whole.
+    """
+
+    field: str | None = None
+    entry: int | None = None
 
 
-def label_source(label: str, default: str) -> CaptionSource | None:
-    """Returns the caption whose equality makes the label: of `default` for "caption", of FIELD for
+DRAWN = CaptionSource()
+
+
+def label_source(label: str) -> CaptionSource | None:
+    """Returns the caption whose equality makes the label: the drawn one for "caption", that of FIELD for
     "caption:FIELD"; None for labels that are fields themselves.
     """
     kind, _, field = label.partition(":")
     if kind != CAPTION_LABEL:
         return None
     # As a view of that field reads it: its first caption.
-    return CaptionSource(field, 0) if field else CaptionSource(default, None)
+    return CaptionSource(field, 0) if field else DRAWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class TextView:
     trim             "argmax": a row ends at its largest id (CLIP's end-of-text); an int: the padding id;
                      None: the tower needs the full length
     recipe           "" or "dropout": the caption as it is; "eda": edited, drawn per slot and view name
-    field            caption field, None: the one that the source names
+    field            caption field, None: the one drawn for the slot among those of the source
     index            line of a text member or entry of a JSON list; None: the whole text, or the first entry
     optional         a sample without this caption is kept; `Batch.present` says which
     """
@@ -62,9 +69,10 @@ class TextView:
     index: int | None = None
     optional: bool = False
 
-    def source(self, default: str) -> CaptionSource:
-        """Returns where the caption is read; `default` is the field that the source names."""
-        return CaptionSource(self.field or default, self.index)
+    @property
+    def source(self) -> CaptionSource:
+        """Which caption the view reads."""
+        return CaptionSource(self.field, self.index)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Returns int64 (B, context_length)."""

@@ -25,6 +25,14 @@ Found = RawSample | Unusable
 """A sample, or why its bytes are not there."""
 
 
+class Place(NamedTuple):
+    """Where a sample stands in the order: its epoch, its lane and its position there."""
+
+    epoch: int
+    lane: int
+    position: int
+
+
 class Loaded(NamedTuple):
     """The samples of one window of a lane, `ids` in the order of the epoch."""
 
@@ -32,19 +40,20 @@ class Loaded(NamedTuple):
     start: int
     ids: list[int]
     samples: dict[int, Found]
+    epoch: int = 0
+
+    def holds(self, place: Place) -> bool:
+        """Returns whether a place of the window's lane lies in it."""
+        inside = self.start <= place.position < self.start + len(self.ids)
+        return inside and self.epoch == place.epoch
 
 
-class WindowRows(ABC):
-    """A good sample for every slot: its own, or the next good one of its window (cyclic), or what follows."""
+class RowBuilder(ABC):
+    """Builds sub-batches from rows that are read one by one."""
 
-    def __init__(self, recipe: Recipe, options: LoaderOptions) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.max_consecutive = options.max_consecutive
         self._asked: Row | None = None
-
-    @abstractmethod
-    def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
-        """Yields the samples outside the window that may stand in for entry `at` of one without good ones."""
 
     @abstractmethod
     def _place(self, sample_id: int) -> tuple[str, int]:
@@ -72,13 +81,25 @@ class WindowRows(ABC):
             self._asked = row
             yield row
 
-    def _row(self, window: Loaded, at: int, slot: int) -> Row:
+
+class WindowRows(RowBuilder):
+    """A good sample for every slot: its own, or the next good one of its window (cyclic), or what follows."""
+
+    def __init__(self, recipe: Recipe, options: LoaderOptions) -> None:
+        super().__init__(recipe)
+        self.max_consecutive = options.max_consecutive
+
+    @abstractmethod
+    def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
+        """Yields the samples outside the window that may stand in for entry `at` of one without good ones."""
+
+    def _row(self, window: Loaded, at: int, epoch: int, slot: int) -> Row:
         refused: list[tuple[str, int, Unusable]] = []
         for sample_id, sample in self._candidates(window, at):
             try:
                 if isinstance(sample, Unusable):
                     raise sample
-                content = self.recipe.prepare(sample)
+                content = self.recipe.prepare(sample, epoch, slot)
             except Unusable as problem:
                 refused.append((self._key(sample_id, sample), sample_id, problem))
                 if len(refused) >= self.max_consecutive:
@@ -128,30 +149,42 @@ class WindowReader(WindowRows):
         self.max_lost_chunks = options.max_lost_chunks
         self._source = source
         self._lost: set[tuple[int, int]] = set()
-        self._epoch: EpochOrder | None = None
+        self._epochs: dict[int, EpochOrder] = {}
+        self._lanes = (0, order.lanes)
         self._windows: dict[int, Loaded] = {}
+
+    @property
+    def retried(self) -> int:
+        """Failed reads of this process that were followed by another attempt."""
+        return self._source.retried
 
     def sub_batch(self, step: int, first: int, end: int) -> SubBatch:
         """Returns rows first..end of global batch `step` (counted over all epochs)."""
         epoch, within = divmod(step, self.order.steps_per_epoch)
-        slots = range(within * self.order.batch_size + first, within * self.order.batch_size + end)
-        before = self._source.retried
-        built = self._build(epoch, slots, self._rows(epoch, within, first, end))
-        return replace(built, retries=self._source.retried - before)
-
-    def _rows(self, epoch: int, within: int, first: int, end: int) -> Iterator[Row]:
         quota = self.order.quota
-        if self._epoch is None or self._epoch.number != epoch:
-            self._windows.clear()
-            self._epoch = self.order.epoch(epoch, (first // quota, (end - 1) // quota + 1))
-        for row in range(first, end):
-            lane, offset = divmod(row, quota)
-            position = within * quota + offset
-            window = self._windows.get(lane)
-            if window is None or not window.start <= position < window.start + len(window.ids):
-                self._windows.pop(lane, None)
-                window = self._windows[lane] = self._load(lane, position)
-            yield self._row(window, position - window.start, within * self.order.batch_size + row)
+        base = within * self.order.batch_size
+        slots = range(base + first, base + end)
+        places = (Place(epoch, row // quota, within * quota + row % quota) for row in range(first, end))
+        before = self.retried
+        self.begin(epoch, (first // quota, (end - 1) // quota + 1))
+        rows = (self.row(place, epoch, slot) for place, slot in zip(places, slots, strict=True))
+        built = self._build(epoch, slots, rows)
+        return replace(built, retries=self.retried - before)
+
+    def begin(self, oldest: int, lanes: tuple[int, int]) -> None:
+        """Says which lanes (first, end) are read from now on; epochs before `oldest` are forgotten."""
+        if lanes != self._lanes:
+            self._epochs.clear()
+        self._lanes = lanes
+        self._epochs = {number: epoch for number, epoch in self._epochs.items() if number >= oldest}
+
+    def row(self, place: Place, epoch: int, slot: int) -> Row:
+        """Returns the row of a slot of `epoch`: the sample at its place, or the good one that stands in."""
+        window = self._windows.get(place.lane)
+        if window is None or not window.holds(place):
+            self._windows.pop(place.lane, None)
+            window = self._windows[place.lane] = self._load(place)
+        return self._row(window, place.position - window.start, epoch, slot)
 
     def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
         for step in range(1, self.index.num_samples):
@@ -163,9 +196,11 @@ class WindowReader(WindowRows):
         shard, position = self.index.locate(sample_id)
         return self.index.shards[shard], position
 
-    def _load(self, lane: int, position: int) -> Loaded:
-        assert self._epoch is not None
-        window = self._epoch.window_at(lane, position)
+    def _load(self, place: Place) -> Loaded:
+        epoch = self._epochs.get(place.epoch)
+        if epoch is None:
+            epoch = self._epochs[place.epoch] = self.order.epoch(place.epoch, self._lanes)
+        window = epoch.window_at(place.lane, place.position)
         ids = np.sort(window.ids)
         shards = np.searchsorted(self.index.first_id, ids, side="right") - 1
         within = ids - self.index.first_id[shards]
@@ -176,7 +211,7 @@ class WindowReader(WindowRows):
             first, last = int(run[0]), int(run[-1])
             shard = int(shards[first])
             samples |= self._read(shard, int(within[first]), int(within[last] - within[first]) + 1)
-        return Loaded(lane, window.start, window.ids.tolist(), samples)
+        return Loaded(place.lane, window.start, window.ids.tolist(), samples, place.epoch)
 
     def _read(self, shard: int, first: int, count: int) -> Mapping[int, Found]:
         """Samples first..first+count of a shard, all of one chunk, by id."""

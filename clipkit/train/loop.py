@@ -200,6 +200,8 @@ class Loop:
             record["skipped"] = state.skipped
         if retries:
             record["read_retries"] = int(retries)
+        seen = run.stream.contributions(state.step)
+        record |= {f"samples/{name}": count for name, count in seen.items()}
         self.log.step(record)
         self.watch.record(state.step, record)
 

@@ -173,30 +173,44 @@ def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
     return towers, objectives
 
 
-def open_source(config: Config, world: World) -> Source:
+def open_sources(config: Config, world: World) -> tuple[Source, ...]:
     """Returns the training data of the configuration as shards, made now of raw data; called by all ranks."""
     data = config.data
-    entry = data.train[0]
-    source = Source(
-        entry.shards,
-        tuple(CaptionField(c.field, c.weight) for c in entry.captions),
-        entry.weight,
-        entry.image_root,
-        entry.image_key,
+    rules = Rules(
+        None if data.cache is None else Path(data.cache), usable_processors(), data.max_reject_fraction
     )
-    cache = None if data.cache is None else Path(data.cache)
-    rules = Rules(cache, usable_processors(), data.max_reject_fraction)
+    sources = (
+        Source(
+            source.shards,
+            tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in source.captions),
+            source.weight,
+            source.missing,
+            source.name,
+            source.image_root,
+            source.image_key,
+        )
+        for source in data.train
+    )
     with StageProgress() as progress:
-        return shards_of(source, rules, world, lambda line: print(visible(line), file=sys.stderr), progress)
+        return tuple(shards_of(source, rules, world, _say, progress) for source in sources)
+
+
+def _say(line: str) -> None:
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def open_stream(
-    config: Config, source: Source, views: Views, needs: Needs, world: World, saved: dict[str, Any] | None
+    config: Config,
+    sources: tuple[Source, ...],
+    views: Views,
+    needs: Needs,
+    world: World,
+    saved: dict[str, Any] | None,
 ) -> TrainStream:
     """Returns the training data of the configuration for this rank: what `needs` declares and no more."""
     data = config.data
     options = LoaderOptions(
-        source=source,
+        source=sources,
         batch_size=data.batch_size,
         seed=config.run.seed,
         workers=data.workers,
@@ -317,13 +331,13 @@ def prepare(
     world = World.current()
     check_world(config, world, saved)
     # Before the towers: what cannot be read is refused in seconds.
-    source = open_source(config, world)
+    sources = open_sources(config, world)
     seed_everything(config.run.seed)
     towers, objectives = build_towers(config)
     needs = needs_of(part for part, _ in objectives.values())
     teachers = build_teachers(needs, towers, stored)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
-    stream = open_stream(config, source, views, needs, world, saved)
+    stream = open_stream(config, sources, views, needs, world, saved)
     decay = wants_ema(config, stream.pairs)
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)

@@ -46,6 +46,7 @@ def shards_of(source: Source, rules: Rules, world: dist.World, say: Say, progres
         captions=tuple(
             replace(caption, field=field) for caption, field in zip(source.captions, made.fields, strict=True)
         ),
+        name=source.name or (path if path.is_dir() else path.parent).resolve().name or "data",
         content=made.content,
         image_root=None,
         image_key=None,
