@@ -65,7 +65,7 @@ def plan_data(
     if train < 2:
         raise DataError(f"{data.pairs} pair(s): nothing to contrast", "give at least two pairs")
     usable = power_of_two(train / (8 if train >= 64 else 2))
-    batch = min(usable, _LARGEST_BATCH[machine.device], max(256, power_of_two(seen / _STEPS)))
+    batch = min(max(2, usable), _LARGEST_BATCH[machine.device], max(256, power_of_two(seen / _STEPS)))
     section: Section = {"train": (source, _about_pairs(data))}
     if held:
         section["holdout"] = (held, "pairs that are never trained on; retrieval among them is the evaluation")
