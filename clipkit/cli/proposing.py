@@ -10,6 +10,10 @@ import typer
 from clipkit.cli.output import StageProgress, check_out, say, table
 from clipkit.types import ConfigError
 
+Budget = Annotated[
+    str | None, typer.Option(metavar="TIME", help="How long the run may take, for example 10h.")
+]
+
 
 def init(
     data: Annotated[
@@ -24,9 +28,7 @@ def init(
         str | None,
         typer.Option("--from", metavar="MODEL", help="Fine-tune it: an export, a run, or a name:tag."),
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="How long the run may take, for example 10h.")
-    ] = None,
+    budget: Budget = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The run file.")] = Path("run.yaml"),
     image_root: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder or zip of a table's images.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.config import make_config
-from clipkit.config.reading import flow_yaml
+from clipkit.config.reading import flow_yaml, parse_text
 from clipkit.data.raw.reading import FOUND, LIST, Raw, planned, raw_path
 from clipkit.proposal.machine import Machine, look_at_machine, measure
 from clipkit.proposal.model import Chosen, choose_model, continue_model
@@ -71,10 +71,9 @@ def propose(
     run, samples = plan_run(facts, chosen, machine, pace, seen, batch, budget)
     optim = plan_optimizer(chosen, batch, samples // batch)
     sections: dict[str, Section] = {"model": chosen.values, "data": section, "optim": optim, "run": run}
-    text = "\n".join(_lines(data, facts, sections)) + "\n"
-    make_config(
-        {key: {name: value for name, (value, _) in section.items()} for key, section in sections.items()}
-    )
+    text = "\n".join(_lines(data, facts, chosen, sections)) + "\n"
+    # As whoever reads the file will: what is proposed must be a configuration.
+    make_config(parse_text(text, "the proposal").tree)
     return Proposal(text, _rows(facts, chosen, machine, pace))
 
 
@@ -139,7 +138,7 @@ def _paced(folder: Path, facts: DataFacts, chosen: Chosen, machine: Machine, pro
     return Pace(small, large if rows > 1 else None)
 
 
-def _lines(data: str, facts: DataFacts, sections: dict[str, Section]) -> Iterator[str]:
+def _lines(data: str, facts: DataFacts, chosen: Chosen, sections: dict[str, Section]) -> Iterator[str]:
     """The text of the run file: every value with its reason beside it."""
     yield visible(
         f"# Proposed by `clipkit init` for {data}: {facts.looked:,} pairs looked at, steps measured."
@@ -157,14 +156,8 @@ def _lines(data: str, facts: DataFacts, sections: dict[str, Section]) -> Iterato
                 yield f"{line}  {comment}"
         if name == "model":
             yield "objectives:"
-            yield f"  {_objective(facts)}"
-
-
-def _objective(facts: DataFacts) -> str:
-    distinct, compared = facts.distinct
-    if distinct * 2 < compared:
-        return "- {name: unicl, label: caption}  # captions repeat: equal ones are positives of each other"
-    return "- {name: clip}  # the softmax over the batch: the reference to beat"
+            entry, reason = chosen.objective
+            yield f"  - {flow_yaml(entry)}  # {reason}"
 
 
 def _rows(facts: DataFacts, chosen: Chosen, machine: Machine, pace: Pace) -> list[tuple[str, str]]:

@@ -124,7 +124,9 @@ def test_changed_data_gets_new_shards(tmp_path: Path, change: str) -> None:
         (tmp_path / "images" / "3.png").write_bytes(png(77))
     elif change == "new image":
         write_table(tmp_path, rows=11)
-    second = make(table, *(["filepath"] if change == "columns" else []))
+    notes: list[str] = []
+    second = make(table, *(["filepath"] if change == "columns" else []), notes=notes)
+    assert str(first.folder) in notes[1]
     assert second.folder != first.folder
     assert second.content != first.content
     if change == "image":
@@ -162,7 +164,10 @@ def test_rejects_are_listed_and_limited_anew_in_every_run(tmp_path: Path) -> Non
         make(table)
     assert "data.max_reject_fraction" in refused.value.cure
     assert "--" not in refused.value.cure
-    made = make(table, max_reject_fraction=0.1)
+    for _ in range(2):
+        notes: list[str] = []
+        made = make(table, notes=notes, max_reject_fraction=0.1)
+        assert notes[-1].endswith(f"1 of 10 entries left out (see {made.folder / 'rejects.jsonl'})")
     assert (made.samples, made.rejected) == (9, 1)
     (line,) = (made.folder / "rejects.jsonl").read_text().splitlines()
     assert json.loads(line)["image"] == "images/2.png"

@@ -91,14 +91,15 @@ def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
         for root in roots:
             made = read_record(root / name)
             if made is not None:
-                return _accepted(raw, made, rules)
+                return _accepted(raw, made, rules, say)
         folder = _writable(roots) / name
         with _alone(folder, say) as made:
             if made is None:
                 _refuse_full_disk(folder, volume)
                 say(f"making shards of {raw.path}, this once: {plan.found.used}; into {folder}")
                 made = _make(raw, plan, folder, rules, progress)
-        return _accepted(raw, made, rules)
+                _mention_older(raw, folder, say)
+        return _accepted(raw, made, rules, say)
 
 
 def _make(raw: Raw, plan: Plan, folder: Path, rules: Rules, progress: Progress) -> Made:
@@ -129,20 +130,38 @@ def _make(raw: Raw, plan: Plan, folder: Path, rules: Rules, progress: Progress) 
         rejected=outcome.rejects.total(),
     )
     # Last: what is not recorded is made again.
-    record = {**vars(made), "shards": shards, "source": str(raw.path)}
+    record = {**vars(made), "shards": shards, "source": _source(raw)}
     del record["folder"]
     write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     return made
 
 
-def _accepted(raw: Raw, made: Made, rules: Rules) -> Made:
-    """The shards, unless more entries were left out of them than this run allows."""
+def _mention_older(raw: Raw, folder: Path, say: Say) -> None:
+    """Says where shards of an earlier state of the data lie: a run may still continue on them."""
+    for other in sorted(folder.parent.glob(f"*/{RECORD}")):
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError
+        ):  # what cannot be read is not worth a word
+            if other.parent != folder and json.loads(other.read_text(encoding="utf-8"))["source"] == _source(
+                raw
+            ):
+                say(f"shards of what it was before lie in {other.parent}; remove them when no run needs them")
+
+
+def _source(raw: Raw) -> str:
+    return str(raw.path.resolve())
+
+
+def _accepted(raw: Raw, made: Made, rules: Rules, say: Say) -> Made:
+    """The shards, unless more entries were left out of them than this run allows; says how many were."""
     total = made.samples + made.rejected
     if made.rejected > rules.max_reject_fraction * total:
         raise DataError(
             f"{raw.path}: {made.rejected:,} of {total:,} entries are unusable (see {made.folder / REJECTS})",
             "correct them, or raise data.max_reject_fraction",
         )
+    if made.rejected:
+        say(f"{raw.path}: {made.rejected:,} of {total:,} entries left out (see {made.folder / REJECTS})")
     return made
 
 

@@ -43,7 +43,10 @@ class Raw:
 
 
 def raw_path(shards: str | Sequence[str]) -> Path | None:
-    """Returns the table or folder that `shards` names when it is raw data, None when it names shards."""
+    """Returns the table or folder that `shards` names when it is raw data, None when it names shards.
+
+    Raises DataError for a folder that cannot be read.
+    """
     if not isinstance(shards, str):
         shards = shards[0] if len(shards) == 1 else ""
     if not shards or scheme_of(shards):
@@ -51,8 +54,11 @@ def raw_path(shards: str | Sequence[str]) -> Path | None:
     path = Path(shards)
     if table_suffix(path) in TABLE_SUFFIXES:
         return path
-    if path.is_dir() and not any(name.lower().endswith(_TAR_ENDINGS) for name in os.listdir(path)):
-        return path
+    try:
+        if path.is_dir() and not any(name.lower().endswith(_TAR_ENDINGS) for name in os.listdir(path)):
+            return path
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
     return None
 
 

@@ -21,7 +21,8 @@ def shards_of(source: Source, rules: Rules, world: dist.World, say: Say, progres
     stored, and `content` says what the shards hold. Raises ConfigError for image_root or image_key beside
     shards.
     """
-    path = raw_path(source.shards)
+    # What one rank sees decides: ranks of different opinions would wait in different collectives.
+    path: Path | None = dist.gather_objects(together(lambda: raw_path(source.shards)))[0]
     if path is None:
         if source.image_root is not None or source.image_key is not None:
             raise ConfigError(
