@@ -274,10 +274,14 @@ def test_what_counts_as_raw(tmp_path: Path) -> None:
     for shards in (
         str(made.folder),
         str(made.folder / "00000.tar"),
-        "s3://bucket/pairs.csv",
+        "s3://bucket/{0..9}.tar",
         "no/such/folder",
     ):
         assert raw_path(shards) is None, shards
+    with pytest.raises(ConfigError, match="on another machine"):
+        raw_path("s3://bucket/pairs.csv")
+    with pytest.raises(ConfigError, match="in a list of shards"):
+        raw_path(["0.tar", "pairs.csv"])
     with pytest.raises(ConfigError, match="image_root or image_key beside shards"):
         shards_of(Source(str(made.folder), image_root="x"), Rules(), World(), print, lambda *_: None)
 
@@ -300,6 +304,7 @@ def test_tables_that_cannot_be_used_are_refused_in_words(tmp_path: Path, content
     with pytest.raises((ConfigError, DataError), match=cause) as refused:
         make(table)
     assert "--" not in refused.value.cure, refused.value.cure
+    assert not list((tmp_path / CACHE).glob("*")), "nothing is left of a set that was refused"
 
 
 def test_captions_that_are_no_columns_are_refused(tmp_path: Path) -> None:
@@ -313,6 +318,9 @@ def test_captions_that_are_no_columns_are_refused(tmp_path: Path) -> None:
         make(tmp_path / "pairs", "title")
     with pytest.raises(ConfigError, match="no such table"):
         make(tmp_path / "absent.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no table, and no \.tar file either"):
+        make(tmp_path / "empty")
 
 
 def ranks_make(rank: int, world: int, table: str) -> tuple[str, str]:

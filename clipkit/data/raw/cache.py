@@ -42,6 +42,7 @@ _KEYS = {
     "--images": "image_root",
     "--max-reject-fraction": "data.max_reject_fraction",
     " and --keep": "",
+    ", or pass --to evaluation": "",
 }
 
 Say = Callable[[str], None]
@@ -145,7 +146,7 @@ def _mention_older(raw: Raw, folder: Path, say: Say) -> None:
             if other.parent != folder and json.loads(other.read_text(encoding="utf-8"))["source"] == _source(
                 raw
             ):
-                say(f"shards of what it was before lie in {other.parent}; remove them when no run needs them")
+                say(f"earlier shards of it lie in {other.parent}; remove them when no run needs them")
 
 
 def _source(raw: Raw) -> str:
@@ -227,6 +228,7 @@ def _writable(roots: Sequence[Path]) -> Path:
 def _alone(folder: Path, say: Say) -> Iterator[Made | None]:
     """Holds the making of `folder` while the block runs; yields what another process has made meanwhile."""
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, folder)
         waiting, seen, since = "", -1, time.monotonic()
         while True:
             try:
@@ -236,6 +238,12 @@ def _alone(folder: Path, say: Say) -> Iterator[Made | None]:
                 if waiting != error.holder:
                     waiting = error.holder
                     say(f"{waiting} is making these shards ({folder}); waiting for it")
+            except FileNotFoundError:
+                waiting = waiting or "a process"  # it has just left, and taken an empty folder along
+            except OSError as error:
+                raise ConfigError(
+                    f"{folder} cannot be written to ({error.strerror})", "set data.cache to another folder"
+                ) from error
             newest = _newest(folder)
             if newest != seen:
                 seen, since = newest, time.monotonic()
@@ -246,6 +254,11 @@ def _alone(folder: Path, say: Say) -> Iterator[Made | None]:
                 )
             time.sleep(_POLL_S)
         yield read_record(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds something, or another process is in it
+        folder.rmdir()
 
 
 def _newest(folder: Path) -> int:

@@ -45,13 +45,22 @@ class Raw:
 def raw_path(shards: str | Sequence[str]) -> Path | None:
     """Returns the table or folder that `shards` names when it is raw data, None when it names shards.
 
-    Raises DataError for a folder that cannot be read.
+    Raises ConfigError for tables elsewhere and for several, DataError for a folder that cannot be read.
     """
-    if not isinstance(shards, str):
-        shards = shards[0] if len(shards) == 1 else ""
-    if not shards or scheme_of(shards):
+    names = [shards] if isinstance(shards, str) else list(shards)
+    tables = [name for name in names if table_suffix(Path(name.partition("?")[0])) in TABLE_SUFFIXES]
+    if tables and len(names) > 1:
+        raise ConfigError(
+            f"data.train has {tables[0]!r} in a list of shards",
+            "give every table an entry of its own in data.train",
+        )
+    if len(names) > 1 or scheme_of(names[0]):
+        if tables:
+            raise ConfigError(
+                f"data.train names a table on another machine: {tables[0]!r}", "copy it here with its images"
+            )
         return None
-    path = Path(shards)
+    path = Path(names[0])
     if table_suffix(path) in TABLE_SUFFIXES:
         return path
     try:
@@ -74,7 +83,15 @@ class Plan:
 
 def planned(raw: Raw) -> Plan:
     """Returns how raw data is read. ConfigError and DataError for what is not there or not known."""
-    layout, place = detect(raw.path)
+    try:
+        layout, place = detect(raw.path)
+    except ConfigError as error:
+        if not raw.path.is_dir():
+            raise
+        raise ConfigError(
+            f"{error.cause}, and no .tar file either",
+            "name the table itself, or the folder that holds the shards",
+        ) from error
     asked = Reading(images=raw.image_root, image_key=raw.image_key)
     named = tuple(name for name in raw.captions if name != FOUND)
     if layout != "table":
