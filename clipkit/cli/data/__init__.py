@@ -7,6 +7,7 @@ import sys
 import typer
 
 from clipkit.cli.data.index import index
+from clipkit.cli.data.make_shards import make_shards
 
 __all__ = ["app", "index", "script"]
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make, check, describe, reshard and filter shards.",
 )
+app.command("make-shards")(make_shards)
 
 
 def script(job: str) -> int:

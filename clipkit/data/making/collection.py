@@ -55,7 +55,10 @@ class Reading:
     keep       columns stored with each sample
     splits     parts of an input that has several, all of them by default
     group      rows of the same image become one sample with several captions
-    templates  captions of labelled images, {c} stands for the class name
+    classnames  file of class names, for labelled images that bring none
+    templates   captions of labelled images, {c} or {} stands for the class name
+    usual_split     read of an input that has several when `splits` says nothing
+    labels_first    what has labels and captions is read for its labels
     """
 
     images: Path | None = None
@@ -64,7 +67,10 @@ class Reading:
     keep: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
     group: bool | None = None
-    templates: tuple[str, ...] = ("a photo of a {c}",)
+    classnames: Path | None = None
+    templates: tuple[str, ...] | None = None
+    usual_split: str | None = None
+    labels_first: bool = False
 
     def __post_init__(self) -> None:
         if "captions" in self.keep:

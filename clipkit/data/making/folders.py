@@ -42,24 +42,29 @@ def walk_files(root: Path, above: frozenset[str] = frozenset()) -> Iterator[tupl
         stack += [(os.path.join(relative, name), above | {real}) for name in below]
 
 
+def is_image(name: str) -> bool:
+    """Returns whether a file is an image by its extension."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def holds_pairs(root: Path) -> bool:
     """Returns whether any image below root has a .txt of the same stem."""
-    return any(text is not None for _, images in _stems(root) for text in [images[1]])
+    return any(text is not None for _, _, text in _stems(root))
 
 
-def _stems(root: Path) -> Iterator[tuple[list[str], tuple[str, str | None]]]:
-    """Yields (images of one stem, (stem, its text file)) of every stem that has an image, in order."""
+def _stems(root: Path) -> Iterator[tuple[list[str], str, str | None]]:
+    """Yields (images of one stem, stem, its text file) of every stem that has an image, in order."""
     for relative, files in walk_files(root):
         images: dict[str, list[str]] = {}
         texts: dict[str, str] = {}
         for name in files:
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES:
+            if is_image(name):
                 images.setdefault(stem, []).append(os.path.join(relative, name))
             elif suffix.lower() == TEXT_SUFFIX:
                 texts[stem] = os.path.join(relative, name)
         for stem, names in images.items():
-            yield names, (os.path.join(relative, stem), texts.get(stem))
+            yield names, os.path.join(relative, stem), texts.get(stem)
 
 
 def read_pairs(root: Path, reading: Reading) -> Found:
@@ -72,7 +77,7 @@ def read_pairs(root: Path, reading: Reading) -> Found:
         )
 
     def entries() -> Iterator[Entry]:
-        for number, (images, (stem, text)) in enumerate(_stems(root)):
+        for number, (images, stem, text) in enumerate(_stems(root)):
             fields = {"path": images[0]} if reading.keep else {}
             problem = None
             if len(images) > 1:

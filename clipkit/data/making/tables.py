@@ -20,6 +20,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 # Names that others give to these columns, the most telling first.
 IMAGE_COLUMNS = ("filepath", "file_name", "filename", "image_path", "image", "path", "file", "img", "jpg")
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "description", "txt", "sentence", "prompt")
+DEFAULT_TEMPLATES = ("a photo of a {c}",)
 _CURE = "name the columns with --image-key, --caption-key and --keep"
 
 
@@ -87,6 +88,17 @@ def checked(entry: Entry) -> Entry:
                     problem=("outside the image folder", "give the folder above as --images")
                 )
     return entry
+
+
+def with_templates(entry: Entry, label: Any, names: Sequence[str], templates: Sequence[str] | None) -> Entry:
+    """Returns the entry with its class, and the captions that templates make of its name."""
+    if not isinstance(label, int) or not 0 <= label < len(names):
+        return entry._replace(problem=("no such class", f"label {label!r} of {len(names)} classes"))
+    texts = tuple(
+        template.replace("{c}", names[label]).replace("{}", names[label])
+        for template in templates or DEFAULT_TEMPLATES
+    )
+    return entry._replace(label=label, captions=texts)
 
 
 def jsonable(value: Any) -> Any:
