@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -428,11 +430,35 @@ def test_secrets_of_urls_are_in_no_dump_and_no_message(tmp_path: Path) -> None:
         ("2d", None, 172800.0, None),
         ("5%", None, None, 0.05),
         ("100%", None, None, 1.0),
+        ("1epoch", None, None, None),
+        ("0.5 epochs", None, None, None),
     ],
 )
 def test_intervals(text: Any, steps: int | None, seconds: float | None, fraction: float | None) -> None:
     found = parse_interval(text)
     assert (found.steps, found.seconds, found.fraction) == (steps, seconds, fraction)
+    assert found.epochs == ({"1epoch": 1.0, "0.5 epochs": 0.5}.get(text) if isinstance(text, str) else None)
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.3, 1, 1.5, 7])
+@pytest.mark.parametrize("per_epoch", [1, 3, 10, 96])
+def test_epochs_are_due_where_a_multiple_of_them_is_reached(epochs: float, per_epoch: int) -> None:
+    """By fractions, which have no rounding: the first step at or behind each multiple, once."""
+    interval, total = parse_interval(f"{epochs}epochs"), 5 * per_epoch
+    due = [step for step in range(1, total + 1) if interval.due(step, total, 0.0, per_epoch)]
+    period = Fraction(str(epochs)) * per_epoch
+    assert due == sorted({math.ceil(period * count) for count in range(1, int(total / period) + 1)})
+    assert not interval.due(per_epoch, total)
+
+
+def test_epochs_need_a_length() -> None:
+    for key in ("checkpoint_every", "evaluate_every"):
+        length = {"epochs": None, "steps": 500, key: "2epochs"}
+        with pytest.raises(ConfigError, match=f"run.{key} 2epochs needs the length of an epoch"):
+            config(data={"index": "lazy"}, run=length)
+        assert getattr(config(run=length).run, key) == "2epochs"
+    with pytest.raises(ConfigError, match="a number of steps or a share"):
+        config(optim={"warmup": "1epoch"})
 
 
 @pytest.mark.parametrize(

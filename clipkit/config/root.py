@@ -30,6 +30,7 @@ _IDENTITY = (
     "model",
     "objectives",
     "data.train",
+    "data.holdout",
     "data.batch_size",
     "data.lanes",
     "data.window_bytes",
@@ -84,6 +85,23 @@ class Config(Section):
             raise refuse(
                 "data.index: lazy does not go with several sources: their sizes must be known",
                 "leave data.index out; `clipkit index` prepares the sources, on several machines if need be",
+            )
+        for key in ("checkpoint_every", "evaluate_every"):
+            every = getattr(self.run, key)
+            if self.data.index == "lazy" and every is not None and parse_interval(every).epochs is not None:
+                raise refuse(
+                    f"run.{key} {every} needs the length of an epoch, which data.index: lazy does not know",
+                    "give a number of steps, a time or a share of the run",
+                )
+        if self.data.holdout is not None and self.data.index == "lazy":
+            raise refuse(
+                "data.holdout picks pairs before the first step, when data.index: lazy does not know them",
+                "leave data.index out, or evaluate on a set of its own (run.evaluate)",
+            )
+        if self.data.holdout is not None and "holdout" in {entry.label for entry in self.run.evaluate}:
+            raise refuse(
+                "an evaluation is called holdout, and so is the one of data.holdout",
+                "give the entry of run.evaluate another `name`",
             )
         if self.data.uneven and self.data.index == "lazy":
             raise refuse(

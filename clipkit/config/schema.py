@@ -12,6 +12,7 @@ from clipkit.config.values import (
     Duration,
     Every,
     Freeze,
+    Holdout,
     OnSpike,
     OptionalEvery,
     Positive,
@@ -159,6 +160,8 @@ class DataConfig(Section):
     uneven: take numbers of processes that do not divide lanes and batch; losses are weighted by rows;
     max_lost_chunks: how many chunks may stay unreadable, their samples replaced and listed in rejects.jsonl;
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
+    holdout: so many pairs (5000), or such a share of them (1%), picked by a hash of their keys, are never
+    trained on and are the retrieval `holdout` of every evaluation; clipkit.data.holdout says which;
     cache: where shards of raw data are kept; None: .clipkit-cache beside it, or the user's cache folder;
     index_dir: a folder with the index that `clipkit index --out` made; index: lazy builds it while the first
     epoch is read, in an order of whole shards. Several sources in `train` make a mixture, whose epoch is as
@@ -166,6 +169,7 @@ class DataConfig(Section):
     """
 
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources), Field(min_length=1)]
+    holdout: Holdout = None
     batch_size: Count
     micro_batch: Count | None = None
     workers: Workers = Field(default_factory=default_workers)

@@ -33,7 +33,7 @@ def _interval(value: Any) -> int | str:
     try:
         parse_interval(value)
     except ValueError as error:
-        raise refuse(str(error), "write 500 (steps), 30min or 5%") from error
+        raise refuse(str(error), "write 500 (steps), 30min, 5% or 1epoch") from error
     return value
 
 
@@ -46,11 +46,28 @@ def _warmup(value: Any) -> int | str:
         parsed = parse_interval(value)
     except ValueError as error:
         raise refuse(str(error), cure) from error
-    if parsed.seconds is not None:
+    if parsed.seconds is not None or parsed.epochs is not None:
         raise refuse(f"expected a number of steps or a share of the run, not {value!r}", cure)
     if parsed.fraction is not None and parsed.fraction > 0.25:
         raise refuse(f"warm-up over 25% of the run, {value!r}", cure)
     return value
+
+
+def _holdout(value: Any) -> int | str | None:
+    """None, a number of pairs, or a share of them as text: 1%."""
+    value = _whole(value)
+    cure = "write a number of pairs, such as 5000, or a share of them, such as 1%"
+    if value is None or (type(value) is int and value > 0):
+        return value
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            share = parse_interval(value).fraction
+        except ValueError as error:
+            raise refuse(str(error), cure) from error
+        if share is not None and share <= 0.5:
+            return value
+        raise refuse(f"more than half of the pairs are held out: {value!r}", cure)
+    raise refuse(f"expected a number of pairs or a share of them, not {value!r}", cure)
 
 
 def _freeze(value: Any) -> bool | str:
@@ -94,12 +111,17 @@ def _workers(value: Any) -> Any:
 
 
 def as_sources(value: Any) -> Any:
-    """Returns a string, or a list of strings, as one source with the default caption field."""
+    """Returns a string, or a list of strings, as one source with the default caption field.
+
+    Among sources that are written out, a string is a source of its own.
+    """
     if isinstance(value, str):
         return ({"shards": value},)
     if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
         return ({"shards": value},)
-    return as_tuple(value)
+    if isinstance(value, list):
+        return tuple({"shards": entry} if isinstance(entry, str) else entry for entry in value)
+    return value
 
 
 def as_captions(value: Any) -> Any:
@@ -136,6 +158,7 @@ Every = Annotated[int | str, PlainValidator(_interval)]
 OptionalEvery = Annotated[
     int | str | None, PlainValidator(lambda value: None if value is None else _interval(value))
 ]
+Holdout = Annotated[int | str | None, PlainValidator(_holdout)]
 Freeze = Annotated[bool | str, PlainValidator(_freeze)]
 Warmup = Annotated[int | str, PlainValidator(_warmup)]
 WeightEma = Annotated[bool | float | str, PlainValidator(_weight_ema)]

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from clipkit.data.loader import PositionChangedError, TrainStream
+from clipkit.data.loader import TrainStream
 from clipkit.data.options import LoaderOptions
 from clipkit.data.order import hash_key
+from clipkit.data.position import PositionChangedError
 
 Opener = Callable[[LoaderOptions, dict[str, Any] | None], TrainStream]
 

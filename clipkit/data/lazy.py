@@ -19,9 +19,11 @@ import torch
 from clipkit import dist
 from clipkit.data.first_epoch import LaneReader, ShardOrder, first_lanes, sample_ids
 from clipkit.data.indexing import DENSE_SAMPLES, Indexing, assemble
-from clipkit.data.loader import TrainStream, order_sizes
+from clipkit.data.kept import Kept
+from clipkit.data.loader import TrainStream
 from clipkit.data.options import LoaderOptions
 from clipkit.data.order import ORDER_VERSION, Order, divisors
+from clipkit.data.position import order_sizes
 from clipkit.data.ranges import RowRanges
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Passed, Recipe, SubBatch
@@ -209,7 +211,9 @@ class LazyStream(TrainStream):
                 )
         sizes = (position["lanes"], position["chunk_size"], position["window_chunks"])
         order = Order(index.counts, options.batch_size, *sizes, options.seed)
-        self._later = WindowReader(index, order, self._recipe, options, ShardBytes(index, options.storage))
+        self._later = WindowReader(
+            Kept(index), order, self._recipe, options, ShardBytes(index, options.storage)
+        )
         self._end = end
         self.num_samples, self.steps_per_epoch = order.num_samples, order.steps_per_epoch
         self._position = {**position, "num_samples": order.num_samples, "index_sha": index.sha}

@@ -17,33 +17,27 @@ import torch
 
 from clipkit import dist
 from clipkit.data.captions import CaptionRules
+from clipkit.data.held_pairs import HeldOut, HeldPairs, read_held
+from clipkit.data.holdout import kept_samples
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
-from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
+from clipkit.data.order import ORDER_VERSION, Order, divisors
+from clipkit.data.position import PositionChangedError, check_position, order_sizes
 from clipkit.data.ranges import RowRanges
 from clipkit.data.rejects import RejectBudget
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, SubBatch, merge
 from clipkit.data.shared_index import shared_index
 from clipkit.data.source import expand_shards, needs_stream
-from clipkit.data.tar_index import Index
 from clipkit.data.targets import stored_widths
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
+from clipkit.data.waiting import together
 from clipkit.data.window import WindowReader, first_samples
 from clipkit.data.workers import RowReader, built_parts
 from clipkit.types import Batch, ConfigError
 
 __all__ = ["CaptionField", "LoaderOptions", "RejectBudget", "Source", "TrainStream", "open_train"]
-
-_STATE_KEYS = (
-    "order_version", "exact", "seed", "batch_size", "lanes", "chunk_size", "window_chunks", "num_samples",
-    "index_sha", "first_lanes", "first_window", "shards_sha", "mixture_version", "contents",
-)  # fmt: skip
-
-
-class PositionChangedError(ConfigError):
-    """A saved position that these shards and settings cannot continue exactly."""
 
 
 class TrainStream:
@@ -53,11 +47,13 @@ class TrainStream:
     steps_per_epoch  N // B, the same on every rank
     exact            whether order and position are exact (see `state`)
     changed          why the saved position was not continued, None where it was
+    held             what is held out of every source, () for nothing
     on_indexing      called with a line when the first epoch of `data.index: lazy` is over and what is left of
                      the set is about to be indexed, which may take long
     """
 
     changed: str | None = None
+    held: tuple[HeldOut, ...] = ()
 
     def __init__(
         self,
@@ -149,22 +145,20 @@ class TrainStream:
         assert self.num_samples is not None
         return self.num_samples
 
+    def held_pairs(self) -> list[HeldPairs]:
+        """Returns the pairs that are held out, read from the shards; called by all ranks."""
+        return [read_held(held, self._options) for held in self.held]
+
     def summary(self) -> str:
         """Returns a line about size and order."""
         exact = "exact order" if self.exact else "exact: false (this source cannot be indexed)"
-        return f"{self.num_samples:,} samples, {self.steps_per_epoch:,} steps per epoch, {exact}"
+        held = sum(len(source.kept.held) for source in self.held)
+        besides = f" ({held:,} more are held out)" if held else ""
+        return f"{self.num_samples:,} samples{besides}, {self.steps_per_epoch:,} steps per epoch, {exact}"
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raises PositionChangedError naming the keys in which a saved position differs."""
-        theirs, ours = _identity(saved), _identity(self._position)
-        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        if differing:
-            changes = ", ".join(f"{key}: {theirs.get(key)} -> {ours.get(key)}" for key in differing)
-            raise PositionChangedError(
-                f"the saved position in the data cannot be continued, it differs in {changes}",
-                "bring back the same shards and settings, or say how to go on with "
-                "run.resume_data=restart_epoch or continue_reseeded, or start a new run directory",
-            )
+        check_position(saved, self._position)
 
     def note_contents(self, contents: Sequence[str]) -> None:
         """Puts into `state` what the shards of raw data hold, "" for other sources; changes nothing else."""
@@ -217,16 +211,6 @@ class TrainStream:
         running, self._running = self._running, None
         if running is not None:
             running.close()
-
-
-def _identity(position: dict[str, Any]) -> dict[str, Any]:
-    """What a position must agree in with another one, those of a mixture source by source."""
-    sources = {
-        f"sources.{number}.{key}": value
-        for number, source in enumerate(position.get("sources", ()))
-        for key, value in source.items()
-    }
-    return {key: position.get(key) for key in _STATE_KEYS} | sources
 
 
 def _say_nothing(_: str) -> None:
@@ -290,7 +274,7 @@ def _open(
 
         return open_mixture(options, recipes, world, saved)
     (source,), (recipe,) = options.sources, recipes
-    shards = expand_shards(source.shards, allow_pipe=options.allow_pipe)
+    shards: list[str] = together(lambda: expand_shards(source.shards, allow_pipe=options.allow_pipe))
     if lazy:
         from clipkit.data.lazy import open_lazy
 
@@ -308,6 +292,11 @@ def _open(
 def _open_stream(options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World) -> TrainStream:
     from clipkit.data.stream import open_stream
 
+    if options.holdout is not None:
+        raise ConfigError(
+            "data.holdout needs an index, and these shards are read as a stream (exact: false)",
+            "use plain .tar files, or leave data.holdout out and evaluate on a set of its own (run.evaluate)",
+        )
     return open_stream(options, shards, recipe, world)
 
 
@@ -315,11 +304,12 @@ def _open_indexed(
     options: LoaderOptions, shards: list[str], recipe: Recipe, world: dist.World, saved: dict[str, Any] | None
 ) -> TrainStream:
     index = shared_index(shards, options, world)
+    kept = kept_samples(index, options)
     source = ShardBytes(index, options.storage)
-    sizes = order_sizes(index, index.num_samples, index.stride, options, world, saved)
-    order = Order(index.counts, options.batch_size, *sizes, options.seed)
+    sizes = order_sizes(index, kept.num_samples, index.stride, options, world, saved)
+    order = Order(kept.counts, options.batch_size, *sizes, options.seed)
     widths = stored_widths(first_samples(index, source), recipe.stored, options.max_consecutive)
-    recipe = replace(recipe.for_pairs(index.num_samples), widths=widths)
+    recipe = replace(recipe.for_pairs(kept.num_samples), widths=widths)
     lanes = {"lanes": order.lanes, "chunk_size": order.chunk_size, "window_chunks": order.window_chunks}
     position = {
         "order_version": ORDER_VERSION,
@@ -327,66 +317,27 @@ def _open_indexed(
         "seed": options.seed,
         "batch_size": options.batch_size,
         **lanes,
-        "num_samples": index.num_samples,
+        "num_samples": kept.num_samples,
         "index_sha": index.sha,
+        **({"held_out": kept.sha} if kept.sha else {}),
     }
     banner = {
-        "samples": index.num_samples,
+        "samples": kept.num_samples,
         "shards": len(shards),
         "exact": True,
         **lanes,
         "ignored_members": index.ignored,
         "index": index.file or "in memory",
+        **({"held_out": len(kept.held)} if kept.sha else {}),
     }
-    return TrainStream(
-        WindowReader(index, order, recipe, options, source),
+    stream = TrainStream(
+        WindowReader(kept, order, recipe, options, source),
         RowRanges(options.batch_size, order.lanes, world, options.workers, options.uneven),
         recipe,
         options,
         position,
         banner,
     )
-
-
-def order_sizes(
-    index: Index,
-    num_samples: int,
-    stride: int,
-    options: LoaderOptions,
-    world: dist.World,
-    saved: dict[str, Any] | None,
-) -> tuple[int, int, int]:
-    """Returns lanes, chunk size and chunks of a window: those of the run if it is continued.
-
-    index: where the size of a sample comes from; num_samples and stride: of the whole set.
-    """
-    window_samples = options.window_bytes / max(1.0, index.sample_bytes)
-    lanes = saved_lanes(options, saved)
-    if lanes is not None and saved is not None and saved.get("chunk_size"):
-        return lanes, int(saved["chunk_size"]), int(saved["window_chunks"])
-    lanes = options.lanes or default_lanes(options.batch_size, world.size, window_samples, options.uneven)
-    return lanes, *default_chunks(num_samples, lanes, -(-lanes // world.size), window_samples, stride)
-
-
-def saved_lanes(options: LoaderOptions, saved: dict[str, Any] | None) -> int | None:
-    """Returns the lanes of a saved position, None where there are none.
-
-    Raises ConfigError where the options ask for others, or count other batches.
-    """
-    if saved is None:
-        return None
-    if saved.get("batch_size") != options.batch_size:
-        raise PositionChangedError(
-            f"the saved position counts batches of {saved.get('batch_size')}, not of {options.batch_size}",
-            f"set data.batch_size={saved.get('batch_size')}, or say how to go on with "
-            "run.resume_data=restart_epoch or continue_reseeded",
-        )
-    if not saved.get("lanes"):
-        return None
-    lanes = int(saved["lanes"])
-    if options.lanes not in (None, lanes):
-        raise ConfigError(
-            f"data.lanes={options.lanes}, but this run was started with {lanes}",
-            f"set data.lanes={lanes} or leave it out",
-        )
-    return lanes
+    if kept.sha:
+        stream.held = (HeldOut(kept, options.sources[0].captions),)
+    return stream

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 
 from clipkit import dist
+from clipkit.data.held_pairs import HeldOut
+from clipkit.data.holdout import kept_samples
 from clipkit.data.http_ranges import NoRanges
-from clipkit.data.loader import TrainStream, saved_lanes
+from clipkit.data.kept import Kept
+from clipkit.data.loader import TrainStream
 from clipkit.data.mixture import MIXTURE_VERSION, Mixture, parts_of, source_lanes
 from clipkit.data.options import LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, hash_key
+from clipkit.data.position import saved_lanes
 from clipkit.data.ranges import RowRanges
 from clipkit.data.remote import ShardBytes
 from clipkit.data.rows import Recipe, Row, SubBatch
@@ -27,10 +31,9 @@ from clipkit.data.shared_index import shared_index
 from clipkit.data.source import expand_shards, is_remote, needs_stream
 from clipkit.data.tar_index import Index
 from clipkit.data.targets import stored_widths
+from clipkit.data.waiting import together
 from clipkit.data.window import Place, RowBuilder, WindowReader, first_samples
 from clipkit.types import ConfigError, DataError
-
-_ONE_BY_ONE = "use plain .tar files for every source of a mixture, or train on this one alone"
 
 
 class MixtureReader(RowBuilder):
@@ -155,9 +158,9 @@ class MixtureStream(TrainStream):
 
     def _share(self, number: int) -> str:
         least, most = self._mixture.share(number)
-        rows = f"{least}" if least == most else f"{least} or {most}"
-        part = self._mixture.parts[number] / self._mixture.whole
-        return f"{part:.4g} of the samples seen ({rows} of {self._mixture.batch_size} in a batch)"
+        rows = f"{least:,}" if least == most else f"{least:,} or {most:,}"
+        percent = 100 * self._mixture.parts[number] / self._mixture.whole
+        return f"{percent:.4g}% of every batch ({rows} of {self._mixture.batch_size:,})"
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class _Opened:
     """A source whose shards are indexed."""
 
     name: str
-    index: Index
+    kept: Kept
     bytes: ShardBytes
 
 
@@ -184,18 +187,15 @@ def open_mixture(
     mixture = Mixture(
         options.batch_size, parts_of([source.weight for source in options.sources]), options.seed
     )
-    opened = [
-        _indexed(source, name, options, world)
-        for source, name in zip(options.sources, source_names(options.sources), strict=True)
-    ]
-    total = sum(source.index.num_samples for source in opened)
+    opened = _opened(options, world)
+    total = sum(source.kept.num_samples for source in opened)
     for number, source in enumerate(opened):
         _check_share(source, mixture.share(number)[1], options)
     lanes, orders = _orders(opened, options, world, saved)
     widths = _widths(opened, recipes[0], options)
     readers = [
         WindowReader(
-            source.index, order, replace(recipe.for_pairs(total), widths=widths), options, source.bytes
+            source.kept, order, replace(recipe.for_pairs(total), widths=widths), options, source.bytes
         )
         for source, order, recipe in zip(opened, orders, recipes, strict=True)
     ]
@@ -214,25 +214,33 @@ def open_mixture(
     }
     banner = {
         "samples": total,
-        "shards": sum(len(source.index.shards) for source in opened),
+        "shards": sum(len(source.kept.index.shards) for source in opened),
         "exact": True,
         "lanes": lanes,
         "sources": dict(zip((source.name for source in opened), position["sources"], strict=True)),
-        "ignored_members": sum(source.index.ignored for source in opened),
-        "index": [source.index.file or "in memory" for source in opened],
+        "ignored_members": sum(source.kept.index.ignored for source in opened),
+        "index": [source.kept.index.file or "in memory" for source in opened],
+        **({"held_out": sum(len(source.kept.held) for source in opened)} if options.holdout else {}),
     }
     names = [source.name for source in opened]
     reader = MixtureReader(mixture, names, readers, total // options.batch_size)
     ranges = RowRanges(options.batch_size, lanes, world, options.workers, options.uneven)
-    return MixtureStream(reader, ranges, options, position, banner)
+    stream = MixtureStream(reader, ranges, options, position, banner)
+    stream.held = tuple(
+        HeldOut(opening.kept, source.captions)
+        for opening, source in zip(opened, options.sources, strict=True)
+        if len(opening.kept.held)
+    )
+    return stream
 
 
 def _position(part: int, source: _Opened, order: Order) -> dict[str, Any]:
     """What of a source defines the order."""
     return {
         "parts": part,
-        "num_samples": source.index.num_samples,
-        "index_sha": source.index.sha,
+        "num_samples": source.kept.num_samples,
+        "index_sha": source.kept.index.sha,
+        **({"held_out": source.kept.sha} if source.kept.sha else {}),
         "lanes": order.lanes,
         "chunk_size": order.chunk_size,
         "window_chunks": order.window_chunks,
@@ -262,25 +270,58 @@ def _folder_name(shards: str | tuple[str, ...]) -> str:
     return kept[-1] if kept else posixpath.splitext(parts[-1] if parts else "source")[0]
 
 
-def _indexed(source: Source, name: str, options: LoaderOptions, world: dist.World) -> _Opened:
-    shards = expand_shards(source.shards, allow_pipe=options.allow_pipe)
+def _opened(options: LoaderOptions, world: dist.World) -> list[_Opened]:
+    indices = [_indexed(source, options, world) for source in options.sources]
+    held = kept_samples(_together(indices), options).held
+    first = np.cumsum([0, *(index.num_samples for index in indices)])
+    cuts = np.searchsorted(held, first)
+    return [
+        _Opened(
+            name,
+            Kept(index, held[cuts[number] : cuts[number + 1]] - first[number]),
+            ShardBytes(index, options.storage),
+        )
+        for number, (name, index) in enumerate(zip(source_names(options.sources), indices, strict=True))
+    ]
+
+
+def _indexed(source: Source, options: LoaderOptions, world: dist.World) -> Index:
+    shards: list[str] = together(lambda: expand_shards(source.shards, allow_pipe=options.allow_pipe))
     streamed = next((shard for shard in shards if needs_stream(shard)), None)
     if streamed is not None:
-        raise ConfigError(f"{streamed}: cannot be indexed, and stands in a mixture", _ONE_BY_ONE)
-    try:
-        index = shared_index(shards, options, world)
-    except NoRanges as problem:
         raise ConfigError(
-            problem.cause, "copy the shards: a mixture reads every source by ranges"
-        ) from problem
-    return _Opened(name, index, ShardBytes(index, options.storage))
+            f"{streamed}: cannot be indexed, and stands in a mixture",
+            "use plain .tar files for every source of a mixture, or train on this one alone",
+        )
+    try:
+        return shared_index(shards, options, world)
+    except NoRanges as problem:
+        cure = "copy the shards to where ranges can be read: a mixture reads every source so"
+        raise ConfigError(problem.cause, cure) from problem
+
+
+def _together(indices: Sequence[Index]) -> Index:
+    """The shards of all sources as those of one set, without the offsets of samples: keys decide what is held
+    out, so a pair that two sources share is held out of both.
+    """
+    return Index(
+        shards=tuple(shard for index in indices for shard in index.shards),
+        counts=np.concatenate([index.counts for index in indices]),
+        sizes=np.concatenate([index.sizes for index in indices]),
+        stamps=np.concatenate([index.stamps for index in indices]),
+        digests=tuple(digest for index in indices for digest in index.digests),
+        ignored=0,
+        stride=1,
+        offsets=np.zeros(0, dtype=np.int64),
+        file=indices[0].file,
+    )
 
 
 def _check_share(source: _Opened, most: int, options: LoaderOptions) -> None:
-    if most > source.index.num_samples:
+    if most > source.kept.num_samples:
         raise ConfigError(
-            f"the source {source.name} has {source.index.num_samples:,} samples, its weight gives it "
-            f"{most:,} of the {options.batch_size:,} of a batch: some would come twice in it",
+            f"the weight of the source {source.name} gives it {most:,} of the {options.batch_size:,} samples "
+            f"of a batch, and it holds {source.kept.num_samples:,}: some would come twice in a batch",
             "lower its weight or data.batch_size",
         )
 
@@ -291,7 +332,7 @@ def _orders(
     """The lanes of the run and the order of every source, of the sizes that a continued run has."""
     # Every rank holds windows of all sources.
     affordable = [
-        options.window_bytes / len(opened) / max(1.0, source.index.sample_bytes) for source in opened
+        options.window_bytes / len(opened) / max(1.0, source.kept.index.sample_bytes) for source in opened
     ]
     lanes = saved_lanes(options, saved)
     kept = saved.get("sources", ()) if saved is not None else ()
@@ -303,20 +344,20 @@ def _orders(
             options.batch_size, world.size, min(affordable), options.uneven
         )
         for source, samples in zip(opened, affordable, strict=True):
-            own = source_lanes(source.index.num_samples, lanes)
-            per_rank = -(-own // world.size)
-            chunks = default_chunks(source.index.num_samples, own, per_rank, samples, source.index.stride)
+            count, stride = source.kept.num_samples, source.kept.index.stride
+            own = source_lanes(count, lanes)
+            chunks = default_chunks(count, own, -(-own // world.size), samples, stride)
             sizes.append((own, *chunks))
     return lanes, [
         # One sample of each lane makes a batch of the source's own order.
-        Order(source.index.counts, each[0], *each, hash_key(options.seed, "source", number))
+        Order(source.kept.counts, each[0], *each, hash_key(options.seed, "source", number))
         for number, (source, each) in enumerate(zip(opened, sizes, strict=True))
     ]
 
 
 def _widths(opened: Sequence[_Opened], recipe: Recipe, options: LoaderOptions) -> tuple[int, ...]:
     found = [
-        stored_widths(first_samples(source.index, source.bytes), recipe.stored, options.max_consecutive)
+        stored_widths(first_samples(source.kept.index, source.bytes), recipe.stored, options.max_consecutive)
         for source in opened
     ]
     for source, widths in zip(opened, found, strict=True):

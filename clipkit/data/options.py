@@ -75,6 +75,7 @@ class LoaderOptions:
     on_no_range          "refuse" a server without byte ranges, or "stream" it without an exact order
     index_dir            where the index is kept; None: beside the shards, or in the user's cache folder
     index                "eager": before the first step; "lazy": while the first epoch is read
+    holdout              pairs that are never trained on: an int is their number, a float their share
     """
 
     source: Source | tuple[Source, ...]
@@ -96,6 +97,7 @@ class LoaderOptions:
     index_dir: str | None = None
     index: str = "eager"
     storage: Storage = DEFAULT_STORAGE
+    holdout: int | float | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:

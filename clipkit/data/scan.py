@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -35,33 +36,35 @@ class ShardScan(NamedTuple):
 def scan_shard(path: str, storage: Storage = DEFAULT_STORAGE) -> ShardScan:
     """Walks one shard strictly and returns what it found. Raises DataError on any damage.
 
-    Samples must be complete runs of members with one key, keys unique within the shard. A remote shard is
-    read in blocks of 8 MiB.
+    Samples must be complete runs of members with one key, keys unique within the shard.
     """
+    with opened_walk(path, storage) as walked:
+        for _ in walked.samples():
+            pass
+        return walked.result()
+
+
+@contextmanager
+def opened_walk(path: str, storage: Storage = DEFAULT_STORAGE) -> Iterator[ShardWalk]:
+    """The walk over one shard, open while the block runs; a remote shard is read in blocks of 8 MiB."""
     if is_remote(path):
         source = RemoteShards(storage)
         try:
             facts = source.facts(path)
             blocks = Blocks(lambda begin, end: source.read(path, begin, end, facts), facts[0])
-            return _scan(path, blocks.read, *facts)
+            yield ShardWalk(path, blocks.read, *facts)
         finally:
             source.close()
+        return
     with open(path, "rb") as file:
         descriptor = file.fileno()
         status = os.fstat(descriptor)
-        return _scan(
+        yield ShardWalk(
             path,
             lambda offset, size: os.pread(descriptor, size, offset),
             status.st_size,
             status.st_mtime_ns,
         )
-
-
-def _scan(path: str, read: Read, size: int, stamp: int) -> ShardScan:
-    walked = ShardWalk(path, read, size, stamp)
-    for _ in walked.samples():
-        pass
-    return walked.result()
 
 
 class SampleSpan(NamedTuple):

@@ -25,6 +25,7 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(-?\d+)\.\.(-?\d+)$")
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_LIST_ENDINGS = (".txt", ".list")
 _MAX_SHARDS = 10_000_000
 
 
@@ -100,14 +101,15 @@ def _check_remote(spec: str) -> None:
 def expand_shards(spec: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
     """Returns the shards a specification means: a path, a {000..009} range, a glob, a folder, or a list.
 
-    Folders and globs are sorted with numbers in numerical order. Raises ConfigError for a refused scheme and
-    DataError when nothing matches. Existence of explicitly named shards is checked by the index.
+    A file NAME.txt or NAME.list holds one of these per line, relative to its own folder; lines that begin
+    with # are comments. Folders and globs are sorted with numbers in numerical order. Raises ConfigError for
+    a refused scheme and DataError when nothing matches, or when a range has holes. Existence of other
+    explicitly named shards is checked by the index.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     shards: list[str] = []
     for entry in specs:
-        check_scheme(entry, allow_pipe)
-        shards += _expand_one(os.fspath(entry))
+        shards += _read_list(entry, allow_pipe) if _is_list(entry) else _expand_one(entry, allow_pipe)
     if not shards:
         raise DataError("data.train names no shard", "give a path, a folder, a glob or a list of shards")
     repeated = sorted(shard for shard, times in Counter(shards).items() if times > 1)
@@ -116,7 +118,39 @@ def expand_shards(spec: str | Sequence[str], *, allow_pipe: bool = False) -> lis
     return shards
 
 
-def _expand_one(spec: str) -> list[str]:
+def _is_list(spec: str) -> bool:
+    return not scheme_of(spec) and spec.lower().endswith(_LIST_ENDINGS) and os.path.isfile(spec)
+
+
+def _read_list(path: str, allow_pipe: bool) -> list[str]:
+    cure = "write one path, pattern or address of shards per line"
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            lines = [line.strip() for line in stream]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a list of shards (no UTF-8 text)", cure) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", "check the path of the list") from error
+    shards: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        entry = line if scheme_of(line) else os.path.join(os.path.dirname(path), line)
+        if "\0" in line or _is_list(entry):
+            raise DataError(f"{path}:{number}: not a shard: {line[:80]!r}", cure)
+        # A list of a hundred thousand shards is not asked about each of them here.
+        plain = entry.lower().endswith(_TAR_ENDINGS) and not (glob.has_magic(entry) or "{" in entry)
+        try:
+            shards += [entry] if plain and not scheme_of(entry) else _expand_one(entry, allow_pipe)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{path}:{number}: {error.cause}", error.cure) from error
+    if not shards:
+        raise DataError(f"{path}: names no shard", cure)
+    return shards
+
+
+def _expand_one(spec: str, allow_pipe: bool) -> list[str]:
+    check_scheme(spec, allow_pipe)
     scheme = scheme_of(spec)
     if scheme == "pipe":
         return list(_expand_braces(spec))
@@ -133,7 +167,34 @@ def _expand_one(spec: str) -> list[str]:
         if not matches:
             raise DataError(f"no shard matches {name!r}", "correct the pattern in data.train")
         shards += matches
+    if _is_range(spec):
+        _refuse_holes(spec, shards)
     return shards
+
+
+def _is_range(spec: str) -> bool:
+    return any(_RANGE.match(body) for body in _BRACES.findall(spec))
+
+
+def _refuse_holes(spec: str, shards: list[str]) -> None:
+    """Raises DataError when some of the shards of a range are missing; of all of them the index speaks."""
+    present: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(shard) for shard in shards}:
+        try:
+            present[folder] = set(os.listdir(folder or os.curdir))
+        except OSError:
+            present[folder] = set()
+    missing = [shard for shard in shards if os.path.basename(shard) not in present[os.path.dirname(shard)]]
+    if not missing or len(missing) == len(shards):
+        return
+    named = ", ".join(os.path.basename(shard) for shard in missing[:5])
+    more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+    raise DataError(
+        f"{len(missing):,} of the {len(shards):,} shards in {spec!r} are missing: {named}{more}",
+        f"if they were never made (img2dataset leaves such holes), give the folder "
+        f"{os.path.dirname(spec) or os.curdir} or a list file, which take the shards that are there; "
+        "otherwise bring them back",
+    )
 
 
 def _folder(path: str) -> list[str]:

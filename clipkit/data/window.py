@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipkit.data.kept import Kept
 from clipkit.data.options import LoaderOptions
 from clipkit.data.order import EpochOrder, Order
 from clipkit.data.rejects import LOST_CHUNK, reject
@@ -137,14 +138,16 @@ class WindowReader(WindowRows):
 
     In the place of a sample that cannot be used, in a window without good ones, stands the next good one in
     the shards. All other positions stay as they are. So are the samples of a chunk that cannot be read, up to
-    `max_lost_chunks` of them in this process.
+    `max_lost_chunks` of them in this process. The order numbers the samples that are `kept`; ids are those of
+    the index.
     """
 
     def __init__(
-        self, index: Index, order: Order, recipe: Recipe, options: LoaderOptions, source: ShardBytes
+        self, kept: Kept, order: Order, recipe: Recipe, options: LoaderOptions, source: ShardBytes
     ) -> None:
         super().__init__(recipe, options)
-        self.index = index
+        self.kept = kept
+        self.index = kept.index
         self.order = order
         self.max_lost_chunks = options.max_lost_chunks
         self._source = source
@@ -187,8 +190,9 @@ class WindowReader(WindowRows):
         return self._row(window, place.position - window.start, epoch, slot)
 
     def _following(self, window: Loaded, at: int) -> Iterator[tuple[int, Found]]:
-        for step in range(1, self.index.num_samples):
-            sample_id = (window.ids[at] + step) % self.index.num_samples
+        first = self.kept.rank(window.ids[at])
+        for step in range(1, self.kept.num_samples):
+            sample_id = int(self.kept.ids(np.array((first + step) % self.kept.num_samples)))
             if sample_id not in window.samples:
                 yield sample_id, self._read(*self.index.locate(sample_id), 1)[sample_id]
 
@@ -201,31 +205,39 @@ class WindowReader(WindowRows):
         if epoch is None:
             epoch = self._epochs[place.epoch] = self.order.epoch(place.epoch, self._lanes)
         window = epoch.window_at(place.lane, place.position)
-        ids = np.sort(window.ids)
+        ranks = np.sort(window.ids)
+        ids = self.kept.ids(ranks)
         shards = np.searchsorted(self.index.first_id, ids, side="right") - 1
         within = ids - self.index.first_id[shards]
+        chunks = (ranks - self.kept.first_rank[shards]) // self.order.chunk_size
         # One read per chunk: a new one starts where the shard or the chunk number changes.
-        pieces = np.flatnonzero(np.diff(shards) | np.diff(within // self.order.chunk_size)) + 1
+        pieces = np.flatnonzero(np.diff(shards) | np.diff(chunks)) + 1
         samples: dict[int, Found] = {}
         for run in np.split(np.arange(len(ids)), pieces):
             first, last = int(run[0]), int(run[-1])
             shard = int(shards[first])
             samples |= self._read(shard, int(within[first]), int(within[last] - within[first]) + 1)
-        return Loaded(place.lane, window.start, window.ids.tolist(), samples, place.epoch)
+        return Loaded(place.lane, window.start, self.kept.ids(window.ids).tolist(), samples, place.epoch)
 
     def _read(self, shard: int, first: int, count: int) -> Mapping[int, Found]:
         """Samples first..first+count of a shard, all of one chunk, by id."""
         try:
             return read_samples(self.index, self._source, shard, first, count)
         except Unreadable as problem:
-            size = self.order.chunk_size
-            chunk = first // size * size
-            self._lose(shard, chunk, problem)
-            end = min(chunk + size, int(self.index.counts[shard]))
+            begin, last = self._chunk(shard, first)
+            self._lose(shard, begin, problem)
             # The same words for every sample of the chunk: losses are counted by them (see RejectBudget).
-            why = Unusable(LOST_CHUNK, f"samples {chunk} to {end - 1} of the shard cannot be read")
+            why = Unusable(LOST_CHUNK, f"samples {begin} to {last} of the shard cannot be read")
             first_id = int(self.index.first_id[shard]) + first
             return dict.fromkeys(range(first_id, first_id + count), why)
+
+    def _chunk(self, shard: int, position: int) -> tuple[int, int]:
+        """Positions of the first and the last kept sample of a chunk; `position`: that of any of them."""
+        size, first_id = self.order.chunk_size, int(self.index.first_id[shard])
+        first_rank, end_rank = (int(rank) for rank in self.kept.first_rank[shard : shard + 2])
+        begin = first_rank + (self.kept.rank(first_id + position) - first_rank) // size * size
+        ids = self.kept.ids(np.array([begin, min(begin + size, end_rank) - 1])) - first_id
+        return int(ids[0]), int(ids[1])
 
     def _lose(self, shard: int, chunk: int, problem: Unreadable) -> None:
         self._lost.add((shard, chunk))

@@ -132,7 +132,7 @@ def _diagnostics(
 
 def retrieval(
     model: Encoder,
-    data: str | Path,
+    data: str | Path | RetrievalSet,
     *,
     recall_k: Sequence[int] = (1, 5, 10),
     batch_size: int = 64,
@@ -143,10 +143,11 @@ def retrieval(
 ) -> dict[str, Any]:
     """Returns the result of retrieval on `data`, both directions: a dictionary that is valid JSON.
 
-    Arguments and errors as in `zero_shot`. Equal captions are encoded once: their scores are equal.
+    Arguments and errors as in `zero_shot`; `data` may be an opened set, whose split is fixed. Equal captions
+    are encoded once: their scores are equal.
     """
     world = world or World()
-    dataset = together(lambda: open_retrieval(data, split), world)
+    dataset = data if isinstance(data, RetrievalSet) else together(lambda: open_retrieval(data, split), world)
     unique, text_index = distinct(dataset.captions)
     texts = embed_texts(model, unique, batch_size=batch_size, world=world, progress=progress)
     check_embeddings(texts, "text", lambda row: repr(unique[row]))

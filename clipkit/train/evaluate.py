@@ -13,8 +13,10 @@ from clipkit.checkpoint import capture_rng, restore_rng
 from clipkit.config import EvaluateConfig
 from clipkit.data.views import ImageView
 from clipkit.evaluation.datasets import open_retrieval
+from clipkit.evaluation.holdout import HOLDOUT
 from clipkit.evaluation.probe import open_probed, probe
 from clipkit.evaluation.retrieval import retrieval
+from clipkit.evaluation.sets import RetrievalSet
 from clipkit.evaluation.zero_shot import open_prompted, zero_shot
 from clipkit.models.checks import trimmed_length
 from clipkit.train.setup import Run
@@ -68,8 +70,10 @@ class TrainingEncoder:
         return self._embed("joint", {}, {"text": tokens.to(self._run.accelerator.device)})
 
 
-def _one(encoder: TrainingEncoder, entry: EvaluateConfig, run: Run) -> dict[str, Any]:
-    if entry.task == "retrieval":
+def _one(encoder: TrainingEncoder, entry: EvaluateConfig | RetrievalSet, run: Run) -> dict[str, Any]:
+    if isinstance(entry, RetrievalSet):
+        result = retrieval(encoder, entry, world=run.world)
+    elif entry.task == "retrieval":
         result = retrieval(encoder, entry.data, world=run.world)
     elif entry.task == "probe":
         result = probe(encoder, entry.data, world=run.world)
@@ -96,7 +100,8 @@ def check_data(entries: Iterable[EvaluateConfig]) -> None:
 
 
 def evaluate(run: Run, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Returns label -> metrics of every `run.evaluate` entry, raw weights and averaged ones (`label@ema`).
+    """Returns label -> metrics of `data.holdout` and every `run.evaluate` entry, of raw weights and averaged
+    ones (`label@ema`).
 
     All ranks share the work. Training modes and random states are left as they were. A set that cannot be
     evaluated (a collapsed model, a picture that went bad) gets {"error": cause} and a line for `say`: neither
@@ -105,11 +110,13 @@ def evaluate(run: Run, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     state = capture_rng()
     run.learner.eval()
     results: dict[str, dict[str, Any]] = {}
+    entries: dict[str, EvaluateConfig | RetrievalSet] = {} if run.holdout is None else {HOLDOUT: run.holdout}
+    entries |= {entry.label: entry for entry in run.config.run.evaluate}
     try:
         for weights in ("raw",) if run.bare.ema is None else ("raw", "ema"):
             encoder = TrainingEncoder(run, weights)
-            for entry in run.config.run.evaluate:
-                label = entry.label if weights == "raw" else f"{entry.label}@{weights}"
+            for name, entry in entries.items():
+                label = name if weights == "raw" else f"{name}@{weights}"
                 try:
                     results[label] = _one(encoder, entry, run)
                 except ClipkitError as error:

@@ -223,7 +223,7 @@ class Loop:
             self.saver.settle()
         self._count(rejects, bool(rejected))
         last = state.step == run.total_steps
-        due = parse_interval(config.checkpoint_every).due(state.step, run.total_steps, unsaved)
+        due = self._due(config.checkpoint_every, unsaved)
         if due or stop or save_asked or last:
             self.signals.save_requested = False
             self._save(must_succeed=bool(stop) or last)
@@ -238,10 +238,17 @@ class Loop:
             self._evaluate()
 
     def _evaluation_due(self, unevaluated: float) -> bool:
-        config, step, total = self.run.config.run, self.state.step, self.run.total_steps
+        config = self.run.config.run
         every = config.evaluate_every
-        due = every is not None and parse_interval(every).due(step, total, unevaluated)
-        return bool(config.evaluate) and (due or step == total)
+        due = every is not None and self._due(every, unevaluated)
+        something = config.evaluate or self.run.holdout is not None
+        return bool(something) and (due or self.state.step == self.run.total_steps)
+
+    def _due(self, every: int | str, seconds: float) -> bool:
+        run = self.run
+        return parse_interval(every).due(
+            self.state.step, run.total_steps, seconds, run.stream.steps_per_epoch
+        )
 
     def _count(self, rejects: Sequence[Reject], any_rank: bool) -> None:
         found = [r for part in dist.gather_objects(list(rejects)) for r in part] if any_rank else []

@@ -30,6 +30,8 @@ from clipkit.data.order import check_shares
 from clipkit.data.raw import Rules
 from clipkit.data.raw.sharing import shards_of
 from clipkit.dist import World
+from clipkit.evaluation.holdout import holdout_notes, holdout_set
+from clipkit.evaluation.sets import RetrievalSet
 from clipkit.learner import Learner, freeze_unused, needs_of
 from clipkit.log import StageProgress
 from clipkit.models.ema import WeightEMA
@@ -52,7 +54,8 @@ COLLECTIVE_GRACE_S = 30.0
 class Run:
     """Everything a run holds: `learner` is the prepared module, `bare` the same module unwrapped.
 
-    teacher_files: fixed teacher -> file -> {bytes, sha256} of what clipkit.train.teachers has stored of it.
+    teacher_files: fixed teacher -> file -> {bytes, sha256} of what clipkit.train.teachers has stored of it;
+    holdout: the pairs of data.holdout.
     """
 
     config: Config
@@ -68,6 +71,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     trackers: Trackers = field(init=False)
     teacher_files: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    holdout: RetrievalSet | None = None
 
     def __post_init__(self) -> None:
         self.trackers = Trackers(self.config, self.folder)
@@ -228,6 +232,7 @@ def open_stream(
         index_dir=data.index_dir,
         index=data.index,
         storage=Storage(data.storage.endpoint, data.storage.region, data.storage.profile),
+        holdout=parse_interval(data.holdout).fraction if isinstance(data.holdout, str) else data.holdout,
     )
 
     def opener(options: LoaderOptions, saved: dict[str, Any] | None) -> TrainStream:
@@ -338,6 +343,8 @@ def prepare(
     teachers = build_teachers(needs, towers, stored)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
     stream = open_stream(config, sources, views, needs, world, saved)
+    held = stream.held_pairs()
+    holdout = holdout_set(held) if held else None
     decay = wants_ema(config, stream.pairs)
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
@@ -355,6 +362,7 @@ def prepare(
     ]
     notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
     notes += _notes(config, accelerator, stream, learner, unused)
+    notes += holdout_notes(held)
     optimizer = make_optimizer(config, learner)
     total = config.total_steps(stream.steps_per_epoch)
     notes += check_schedule(config, total)
@@ -373,4 +381,5 @@ def prepare(
         total_steps=total,
         warmup_steps=config.warmup_steps(total),
         notes=notes,
+        holdout=holdout,
     )

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit.data.loader import LoaderOptions, Source, TrainStream, open_train
+from clipkit.data.loader import CaptionField, LoaderOptions, Source, TrainStream, open_train
 from clipkit.data.mixture import MAX_PARTS, Mixture, parts_of, source_lanes
 from clipkit.data.mixture_stream import source_names
 from clipkit.data.text import TextView
+from clipkit.data.views import ImageView
 from clipkit.dist import World
 from clipkit.types import Batch, ClipkitError, ConfigError, DataError
 from tests.data.makers import ByteTokenizer, Members, NoisyView, global_batches, png, same, take, write_tar
@@ -203,7 +204,7 @@ def test_contributions_are_the_samples_of_the_batches(pair: tuple[Path, Path]) -
         seen.update("b" if int(key) >= 1000 else "a" for key in batch.keys)
     assert opened.state(30)["contributions"] == seen
     lines = opened.describe_sources(30)
-    assert lines[0].startswith("source a: 72 samples, 0.61 of the samples seen (7 or 8 of 12 in a batch)")
+    assert lines[0].startswith("source a: 72 samples, 61% of every batch (7 or 8 of 12)")
     assert lines[1].endswith(f"seen {seen['b'] / 48:.3g} times")
 
 
@@ -258,7 +259,11 @@ def test_sources_that_cannot_be_mixed_are_refused(tmp_path: Path, pair: tuple[Pa
     cases: list[tuple[type[ClipkitError], str, dict[str, Any]]] = [
         (ConfigError, "lazy does not go with several sources", {"folders": pair, "index": "lazy"}),
         (ConfigError, "cannot be indexed", {"folders": (pair[0], packed)}),
-        (ConfigError, "the source b has 48 samples", {"folders": pair, "weights": (0.1, 0.9), "batch": 60}),
+        (
+            ConfigError,
+            "the source b gives it 54 of the 60 samples of a batch, and it holds 48",
+            {"folders": pair, "weights": (0.1, 0.9), "batch": 60},
+        ),
         (DataError, "no shard matches", {"folders": (pair[0], tmp_path / "no" / "*.tar")}),
     ]
     for kind, cause, case in cases:
@@ -275,6 +280,68 @@ def test_sources_may_lie_anywhere(tmp_path: Path, pair: tuple[Path, Path]) -> No
         there = (pair[0], f"{server.url}/{{000..001}}.tar")
         assert same(take(mixed(there, (0.7, 0.3), 12, index_dir=str(index)), 0, 12), here)
     assert len(list(index.glob(".clipkit-index-*.json"))) == 2
+
+
+@pytest.mark.parametrize("wanted", [20, 0.15])
+def test_pairs_are_held_out_of_all_sources_by_their_keys(tmp_path: Path, wanted: float) -> None:
+    """As of one set with the shards of both; a key that both have is held out of both."""
+    folders = [write(tmp_path / "a", [40, 32], 0), write(tmp_path / "b", [25, 23], 60)]
+    opened = mixed(folders, (0.75, 0.25), 12, holdout=wanted)
+    alone = open_train(
+        LoaderOptions(Source(tuple(map(str, folders))), 12, 5, holdout=wanted),
+        [NoisyView(size=(8, 8))],
+        [],
+        World(),
+    )
+    (together,) = alone.held
+    numbers = sorted(sample if sample < 72 else sample - 12 for sample in together.kept.held.tolist())
+    found = [
+        number + first for first, part in zip((0, 60), opened.held, strict=True) for number in part.kept.held
+    ]
+    assert sorted(found) == numbers
+    assert set(range(60, 72)) & set(numbers), "some of the keys that both sources have"
+    seen = {int(key) for batch in take(opened, 0, 40) for key in batch.keys}
+    assert seen == set(range(108)) - set(numbers)
+    assert opened.num_samples == 120 - len(numbers)
+    pairs = opened.held_pairs()
+    assert sum(len(part.ids) for part in pairs) == len(numbers)
+    with pytest.raises(ConfigError, match=r"sources\.0\.held_out"):
+        mixed(folders, (0.75, 0.25), 12, saved=opened.state(3))
+
+
+def test_every_source_has_caption_fields_of_its_own(tmp_path: Path) -> None:
+    """Captions are those of the source's fields, drawn per slot, and counted by source and field."""
+
+    def told(number: int) -> Members:
+        fields = {"long": f"l{number}", "short": f"s{number}"}
+        return [(f"{number}.png", png(number)), (f"{number}.json", json.dumps(fields).encode())]
+
+    (tmp_path / "b").mkdir()
+    write_tar(tmp_path / "b" / "0.tar", map(told, range(1000, 1048)))
+    fields = (CaptionField("json.long", 3.0), CaptionField("json.short"))
+    sources = (
+        Source(str(write(tmp_path / "a", [72], 0)), weight=2.0),
+        Source(str(tmp_path / "b"), fields),
+    )
+    view = TextView(tokenizer=ByteTokenizer(), context_length=24, trim="argmax")
+    opened = open_train(LoaderOptions(sources, 12, 5, workers=2), [ImageView(size=(8, 8))], [view], World())
+    assert opened.counted == tuple(
+        f"{kind}/b/json.{field}" for kind in ("captions", "captions_fallback") for field in ("long", "short")
+    )
+    drawn: Counter[str] = Counter()
+    for batch in take(opened, 0, 60):
+        here: Counter[str] = Counter()
+        for key, tokens in zip(batch.keys, batch.texts["text"].tolist(), strict=True):
+            text = bytes(tokens[: tokens.index(300)]).decode()
+            if len(key) == 6:
+                assert text == f"caption {int(key)}"
+            else:
+                assert text in (f"l{key}", f"s{key}")
+                here[f"captions/b/json.{'long' if text[0] == 'l' else 'short'}"] += 1
+        assert {name: count for name, count in batch.counts.items() if count} == here
+        drawn += here
+    assert sum(drawn.values()) == 240
+    assert 0.68 < drawn["captions/b/json.long"] / 240 < 0.82
 
 
 def test_a_small_source_has_fewer_lanes() -> None:

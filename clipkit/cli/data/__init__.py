@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from clipkit.cli.data.download import download
 from clipkit.cli.data.index import index
 from clipkit.cli.data.make_shards import make_shards
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make, check, describe, reshard and filter shards.",
 )
+app.command("download")(download)
 app.command("make-shards")(make_shards)
 
 

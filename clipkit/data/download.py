@@ -1,0 +1,387 @@
+"""Downloading with img2dataset, in an environment of its own, and what it left behind. Loads no torch.
+
+img2dataset needs another version of webdataset than clipkit does, and a Python before 3.13 (imghdr), so uv
+runs it apart. What it does not survive is kept from it: any JSON file but its own in the folder, addresses
+with commas in a text file, arguments that look like numbers, characters that fsspec reads as patterns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipkit.data.shards import write_text
+from clipkit.data.url_list import Columns, UrlList
+from clipkit.types import ClipkitError, ConfigError, DataError
+
+IMG2DATASET = "1.47.0"
+PYTHON = ">=3.9,<3.13"
+SUMMARY = "download.json"
+RECORD = ".clipkit-download"
+RESIZES = {"shorter": "keep_ratio", "longer": "keep_ratio_largest", "keep": "no"}
+
+_STATS = re.compile(r"(\d{5,})_stats\.json")
+_OWN = ("sizes.json", "manifest.json", SUMMARY)
+_TOTAL = re.compile(r"total\s+- .*count: (\d+)\s*$")
+_NOISE = re.compile(r"\s*$|worker\s+- |\d*it \[|\d+it$")
+_STATUSES = 100  # kinds of failure that the summary lists
+_END_S = 10.0  # for img2dataset to leave by itself
+
+
+@dataclass(frozen=True)
+class Download:
+    """What is asked for. size: pixels of the side that `resize` names, which is only ever made smaller."""
+
+    source: UrlList
+    columns: Columns
+    out: Path
+    resize: str = "keep"
+    size: int | None = None
+    per_shard: int = 10_000
+    workers: int = 1
+    threads: int = 64
+    retries: int = 2
+    timeout: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.resize == "keep") != (self.size is None):
+            raise ConfigError(
+                "--resize and --size go together", "give both, for example --resize shorter --size 512"
+            )
+        if set("*?[]") & set(str(self.out)) or "::" in f"{self.out}{self.source.path}":
+            raise ConfigError(
+                f"{self.out}: img2dataset reads *, ?, [, ] and :: in names as patterns",
+                "choose a name without them",
+            )
+
+    def arguments(self) -> list[str]:
+        """Returns the arguments of img2dataset.
+
+        As Python literals: it would take a folder called 2024 for a number.
+        """
+        flags: dict[str, Any] = {
+            "url_list": os.path.abspath(self.source.path),
+            "input_format": self.source.kind,
+            "output_folder": os.path.abspath(self.out),
+            "output_format": "webdataset",
+            "url_col": self.columns.url,
+            "caption_col": self.columns.caption,
+            "save_additional_columns": list(self.columns.kept) or None,
+            # Its default pads every picture to a square with white borders.
+            "resize_mode": RESIZES[self.resize],
+            "image_size": self.size,
+            "resize_only_if_bigger": True,
+            "skip_reencode": True,
+            "number_sample_per_shard": self.per_shard,
+            "processes_count": self.workers,
+            "thread_count": self.threads,
+            "retries": self.retries,
+            "timeout": self.timeout,
+            "max_shard_retry": 3,
+            # Places and names of people, of no use to training.
+            "extract_exif": False,
+        }
+        return [f"--{name}={value!r}" for name, value in flags.items() if value is not None]
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the shards depend on, JSON-able."""
+        path = self.source.path
+        return {
+            "list": path.name,
+            "bytes": path.stat().st_size if path.is_file() else None,
+            "rows": None if self.source.rows is None else sum(self.source.rows),
+            **asdict(self.columns),
+            "kept": list(self.columns.kept),
+            "resize": self.resize,
+            "size": self.size,
+            "per_shard": self.per_shard,
+        }
+
+
+def command_of(download: Download) -> list[str]:
+    """Returns the whole command. Raises ConfigError where there is no uv."""
+    if shutil.which("uvx"):
+        runner = ["uvx"]
+    elif shutil.which("uv"):
+        runner = ["uv", "tool", "run"]
+    elif importlib.util.find_spec("uv"):
+        runner = [sys.executable, "-m", "uv", "tool", "run"]
+    else:
+        raise ConfigError(
+            "uv is not installed; it runs img2dataset in an environment of its own",
+            "run: pip install uv (or run img2dataset elsewhere: training reads its folder as it is)",
+        )
+    own = ["--python", PYTHON, "--from", f"img2dataset=={IMG2DATASET}", "img2dataset"]
+    return [*runner, *own, *download.arguments()]
+
+
+def shown_command(download: Download) -> str:
+    """Returns the command as a shell takes it."""
+    return shlex.join(command_of(download))
+
+
+@dataclass
+class Outcome:
+    """What lies in the folder of a download.
+
+    statuses    of rows: "success", or the words of a failure -> how many
+    shards      finished shards -> samples
+    unfinished  numbers of shards that are missing or were left half written
+    """
+
+    rows: int = 0
+    successes: int = 0
+    failed_to_download: int = 0
+    failed_to_resize: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    shards: dict[str, int] = field(default_factory=dict)
+    unfinished: list[int] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[tuple[str, int]]:
+        """Words of failures and how many rows each, the most frequent first."""
+        return [(words, count) for words, count in self.statuses.most_common() if words != "success"]
+
+
+def read_outcome(out: Path, num_shards: int | None = None) -> Outcome:
+    """Returns what img2dataset has finished in `out`; num_shards: how many there will be, where known."""
+    found = Outcome()
+    numbers: set[int] = set()
+    for path, number, stats in _statistics(out):
+        tar = path.with_name(f"{path.name.removesuffix('_stats.json')}.tar")
+        if stats is None or not tar.is_file():
+            continue
+        numbers.add(number)
+        found.shards[tar.name] = stats["successes"]
+        found.rows += stats["count"]
+        found.successes += stats["successes"]
+        found.failed_to_download += stats["failed_to_download"]
+        found.failed_to_resize += stats["failed_to_resize"]
+        found.statuses.update(stats["status_dict"])
+    begun = {int(path.stem) for path in out.glob("*.tar") if path.stem.isdecimal()}
+    expected = range(max(numbers | begun, default=-1) + 1 if num_shards is None else num_shards)
+    found.unfinished = sorted((set(expected) | begun) - numbers)
+    return found
+
+
+def _statistics(out: Path) -> Iterator[tuple[Path, int, dict[str, Any] | None]]:
+    """Yields (file, number of the shard, content) in order; None for what was cut by a kill."""
+    for path in sorted(out.glob("*_stats.json")):
+        match = _STATS.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            stats = json.loads(path.read_bytes())
+            whole = all(isinstance(stats[name], int) for name in ("count", "successes")) and isinstance(
+                stats["status_dict"], dict
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        yield path, int(match[1]), stats if whole else None
+
+
+def run_download(
+    download: Download, on_line: Callable[[str], None], on_rows: Callable[[int], None]
+) -> Outcome:
+    """Downloads, or continues after the shards that are finished, and writes sizes.json and download.json.
+
+    on_line: called with what img2dataset says; on_rows: with the rows that are done. Raises ConfigError for a
+    folder that belongs to something else, DataError (exit 3) when nothing could be fetched, ClipkitError when
+    img2dataset failed or shards are left unfinished: the same command goes on with them.
+    """
+    command = command_of(download)
+    out, num_shards = download.out, download.source.num_shards(download.per_shard)
+    with _claimed(out, download.identity()) as lock:
+        _prepare(out)
+        done = read_outcome(out, num_shards).rows
+        try:
+            last, code = _run(command, lock, on_line, lambda rows: on_rows(done + rows))
+        finally:
+            found = read_outcome(out, num_shards)
+            _write_summary(out, found)
+    if code:
+        raise ClipkitError(
+            f"img2dataset ended with exit code {code}" + (f": {last}" if last else ""),
+            "see what it said above; the same command continues after the shards that are finished",
+        )
+    if not found.successes:
+        words, count = next(iter(found.failures), ("no reason given", found.rows))
+        raise DataError(
+            f"none of {found.rows:,} addresses gave a picture, {count:,} times: {words}",
+            "check the column of addresses (--url-col) and the connection; for another attempt take another "
+            "folder, this one keeps what failed",
+        )
+    if found.unfinished:
+        first = ", ".join(f"{number:05d}" for number in found.unfinished[:5])
+        raise ClipkitError(
+            f"{len(found.unfinished):,} shards are unfinished: {first}",
+            "run the same command again: finished shards are kept",
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, identity: Mapping[str, Any]) -> Iterator[int]:
+    """Holds the folder for one download; yields the descriptor of the lock, for the child to hold as well."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be written ({error.strerror})", "choose a folder you may write to"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{out}: another download is writing there", "wait for it, or end it first"
+            ) from error
+        _check_record(out, identity)
+        with open(descriptor, "r+", encoding="utf-8", closefd=False) as record:
+            record.truncate()
+            record.write(json.dumps(identity, ensure_ascii=False))
+        yield descriptor
+    finally:
+        if not os.fstat(descriptor).st_size:  # refused: nothing of ours stays
+            (out / RECORD).unlink()
+        os.close(descriptor)
+
+
+def _check_record(out: Path, identity: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads((out / RECORD).read_text(encoding="utf-8") or "{}")
+    except ValueError:
+        before = {}  # cut by a kill before anything was downloaded
+    finished = [path for path, _, stats in _statistics(out) if stats is not None]
+    if not finished:
+        if any(out.glob("*.tar")) and not before:
+            raise ConfigError(f"{out}: holds shards that img2dataset did not make", "choose another folder")
+        return
+    different = [
+        f"{key} {before[key]!r} -> {value!r}"
+        for key, value in identity.items()
+        if key in before and before[key] != value
+    ]
+    if different:
+        raise ConfigError(
+            f"{out}: holds shards of another list or of other options: {', '.join(different)}",
+            "choose another folder, or repeat what was given before",
+        )
+
+
+def _prepare(out: Path) -> None:
+    """Removes what img2dataset stumbles over: files that clipkit makes again, statistics without a tar."""
+    for path in [*(out / name for name in _OWN), *out.glob(".clipkit-index-*.json")]:
+        path.unlink(missing_ok=True)
+    for path, _, stats in _statistics(out):
+        tar = path.with_name(f"{path.name.removesuffix('_stats.json')}.tar")
+        if stats is None or not tar.is_file():
+            path.unlink()
+    strange = [
+        path for path in out.iterdir() if path.name.endswith(".json") and not _STATS.fullmatch(path.name)
+    ]
+    if strange:
+        raise ConfigError(
+            f"{strange[0]}: img2dataset takes every .json file in its folder for its own",
+            "move it away, or choose another folder",
+        )
+
+
+def _run(
+    command: list[str], lock: int, on_line: Callable[[str], None], on_rows: Callable[[int], None]
+) -> tuple[str, int]:
+    """Runs img2dataset; returns the last thing it said and its exit code."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
+    environment |= {
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "WANDB_MODE": "disabled",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    said: deque[str] = deque(maxlen=1)
+    # A group of its own, so that all its processes can be ended; the lock goes with it: should this process
+    # be killed, nobody else downloads into the folder before it is gone too.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        pass_fds=(lock,),
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            with _term_raises():
+                assert process.stdout is not None
+                for line in process.stdout:
+                    total = _TOTAL.match(line)
+                    if total is not None:
+                        on_rows(int(total[1]))
+                    if not _NOISE.match(line):
+                        said.append(line.strip())
+                        on_line(line.strip())
+                return "".join(said), process.wait()
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is not None:
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_S)
+            return
+
+
+@contextlib.contextmanager
+def _term_raises() -> Iterator[None]:
+    """SIGTERM leaves like Control-C, so that what was started is ended."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_summary(out: Path, found: Outcome) -> None:
+    if not found.shards:
+        return
+    summary = {
+        "format": "clipkit download 1",
+        "img2dataset": IMG2DATASET,
+        "rows": found.rows,
+        "successes": found.successes,
+        "failed_to_download": found.failed_to_download,
+        "failed_to_resize": found.failed_to_resize,
+        "failures": dict(found.failures[:_STATUSES]),
+        "shards": len(found.shards),
+        "unfinished": found.unfinished,
+    }
+    write_text(out / "sizes.json", json.dumps(found.shards) + "\n")
+    write_text(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
