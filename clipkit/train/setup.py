@@ -335,8 +335,7 @@ def prepare(
     """
     world = World.current()
     check_world(config, world, saved)
-    # Before the towers: what cannot be read is refused in seconds.
-    sources = open_sources(config, world)
+    sources = open_sources(config, world)  # before the towers: what cannot be read is refused in seconds
     seed_everything(config.run.seed)
     towers, objectives = build_towers(config)
     needs = needs_of(part for part, _ in objectives.values())

@@ -316,7 +316,7 @@ def test_captions_that_are_no_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pairs" / "a.txt").write_text("a caption")
     with pytest.raises(ConfigError, match="a folder of pairs has no columns"):
         make(tmp_path / "pairs", "title")
-    with pytest.raises(ConfigError, match="no such table"):
+    with pytest.raises(ConfigError, match="no such table or folder"):
         make(tmp_path / "absent.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"no table, and no \.tar file either"):
@@ -340,4 +340,4 @@ def test_ranks_get_one_set_and_the_error_of_the_main_rank(tmp_path: Path, run_ra
     assert found[0][0] == str(make(table).folder)
     ((kind, cause),) = set(run_ranks(2, ranks_make, str(tmp_path / "absent.csv")))
     assert kind == "refused"
-    assert "absent.csv: no such table" in cause
+    assert "absent.csv: no such table or folder" in cause

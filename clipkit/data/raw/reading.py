@@ -15,7 +15,7 @@ from clipkit.data.making import Reading
 from clipkit.data.making.collection import Found
 from clipkit.data.making.folders import IMAGE_SUFFIXES, TEXT_SUFFIX, walk_files
 from clipkit.data.making.opening import READERS, detect
-from clipkit.data.making.tables import PARQUET_SUFFIXES, TABLE_SUFFIXES, choose_columns
+from clipkit.data.making.tables import PARQUET_SUFFIXES, TABLE_SUFFIXES, choose_columns, read_table
 from clipkit.data.source import scheme_of
 from clipkit.data.tables import ImageRoot, table_suffix
 from clipkit.types import ConfigError, DataError
@@ -83,18 +83,14 @@ class Plan:
 
 def planned(raw: Raw) -> Plan:
     """Returns how raw data is read. ConfigError and DataError for what is not there or not known."""
-    try:
-        layout, place = detect(raw.path)
-    except ConfigError as error:
-        if not raw.path.is_dir():
-            raise
-        raise ConfigError(
-            f"{error.cause}, and no .tar file either",
-            "name the table itself, or the folder that holds the shards",
-        ) from error
-    asked = Reading(images=raw.image_root, image_key=raw.image_key)
     named = tuple(name for name in raw.captions if name != FOUND)
-    if layout != "table":
+    asked = Reading(
+        images=raw.image_root,
+        image_key=raw.image_key,
+        captions=named if FOUND not in raw.captions else (),
+    )
+    layout, place = _layout(raw.path, asked)
+    if layout == "pairs":
         if named:
             raise ConfigError(
                 f"{raw.path}: captions name {', '.join(named)}, and a folder of pairs has no columns",
@@ -102,9 +98,31 @@ def planned(raw: Raw) -> Plan:
             )
         # A field of its own makes a JSON member, which lists all captions of a sample.
         reading = replace(asked, keep=("path",))
-        return Plan(place, READERS[layout](place, reading), reading, (LIST,) * len(raw.captions))
-    asked = replace(asked, captions=named if FOUND not in raw.captions else ())
-    found = READERS[layout](place, asked)
+        return Plan(place, READERS[layout](place, reading), reading, (LIST,))
+    return _planned_table(raw, asked, place, named)
+
+
+def _layout(path: Path, asked: Reading) -> tuple[str, Path]:
+    """Whether a path holds a table or pairs, and the table itself."""
+    try:
+        layout, place = detect(path, asked)
+    except ConfigError as error:
+        if not path.is_dir():
+            raise
+        raise ConfigError(
+            f"{error.cause}, and no .tar file either",
+            "name the table itself, or the folder that holds the shards",
+        ) from error
+    if layout not in ("table", "pairs"):
+        raise ConfigError(
+            f"{path}: its layout ({layout}) is not trained on as it is",
+            f"make shards once, `clipkit data make-shards {path} --out SHARDS`, and name those",
+        )
+    return layout, place
+
+
+def _planned_table(raw: Raw, asked: Reading, place: Path, named: tuple[str, ...]) -> Plan:
+    found = read_table(place, asked)
     image, first = choose_columns(str(place), found.fields, asked)
     if FOUND in raw.captions:
         first = (FOUND,) if FOUND in found.fields and named else first
@@ -120,7 +138,7 @@ def planned(raw: Raw) -> Plan:
             )
     keep = tuple(name for name in found.fields if name not in unstored)
     reading = replace(asked, captions=columns, keep=keep)
-    found = READERS[layout](place, reading)
+    found = read_table(place, reading)
     if len(columns) == 1:
         several = found.grouped or any(
             len(entry.captions) > 1 for entry in itertools.islice(found.entries(), _LOOK)
