@@ -182,6 +182,9 @@ def test_what_is_proposed_is_a_configuration_that_keeps_to_the_budget(
             {key: {name: v for name, (v, _) in part.items()} for key, part in values.items()}
         )
         assert 2 <= batch <= pairs
+        held = section["holdout"][0] if "holdout" in section else 0
+        assert (held > 0) == ("evaluate_every" in run) == (pairs >= 1000)
+        assert held <= pairs // 20
         assert batch == power_of_two(batch)
         micro = config.data.micro_batch or batch
         # A straight line through the two measurements.

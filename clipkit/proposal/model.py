@@ -52,11 +52,7 @@ def choose_model(data: DataFacts, machine: Machine) -> Chosen:
         pixels += f"; more than {size} would be slow without a GPU (assumed)"
     width, layers, text_layers = (192, 6, 4) if slow else (384, 12, 12)
     why = "on a CPU small" if slow else "a ViT-S"
-    known = (
-        "configs/products_64px.yaml has measured results of it"
-        if slow
-        else "below 1 M pairs enough (assumed)"
-    )
+    known = "configs/products_64px.yaml was measured with it" if slow else "below 1 M pairs enough (assumed)"
     chosen = Chosen(tokens=context, objective=_objective(data))
     chosen.values = {
         "embed_dim": (width, f"as wide as the towers: {why}, {known}"),

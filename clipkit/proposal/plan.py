@@ -17,6 +17,7 @@ _TRAINING = 0.9  # of the time: the rest goes to evaluation and checkpoints
 _PASSES, _PASSES_OF_TRAINED = 32, 8
 _MEMORY = {"cuda": 0.9, "mps": 0.5, "cpu": 0.7}  # of it a run may take
 _STEPS = 5000  # below so many a run is far from converged
+_SMALLEST_BATCH = 256
 _LARGEST_BATCH = {"cuda": 16_384, "mps": 256, "cpu": 256}
 _STRONG_CROPS_BELOW = 15_000_000
 _MANY_REJECTS = 0.01  # what data.max_reject_fraction allows by itself
@@ -65,11 +66,13 @@ def plan_data(
     if train < 2:
         raise DataError(f"{data.pairs} pair(s): nothing to contrast", "give at least two pairs")
     usable = power_of_two(train / (8 if train >= 64 else 2))
-    batch = min(max(2, usable), _LARGEST_BATCH[machine.device], max(256, power_of_two(seen / _STEPS)))
+    batch = min(
+        max(2, usable), _LARGEST_BATCH[machine.device], max(_SMALLEST_BATCH, power_of_two(seen / _STEPS))
+    )
     section: Section = {"train": (source, _about_pairs(data))}
     if held:
         section["holdout"] = (held, "pairs that are never trained on; retrieval among them is the evaluation")
-    section["batch_size"] = (batch, _about_batch(batch, train, seen))
+    section["batch_size"] = (batch, _about_batch(batch, train))
     memory = None if machine.memory is None else int(machine.memory * _MEMORY[machine.device])
     fitting = pace.fitting(memory)
     if fitting is not None and fitting < batch:
@@ -110,7 +113,8 @@ def plan_run(
     section: Section = {}
     samples = epochs * per_epoch if epochs else max(batch, int(seen) // batch * batch)
     seconds = samples / pace.samples_per_s / _TRAINING
-    cost = f"about {_time(seconds)} at {pace.samples_per_s:,.0f} samples/s (measured)"
+    steps = f"{samples // batch:,} steps"
+    cost = f"{steps}, about {_time(seconds)} at {pace.samples_per_s:,.0f} samples/s (measured)"
     if epochs >= most:
         limit = "CLIP's number (arXiv:2103.00020)" if chosen.learns else "more would overfit (assumed)"
         section["epochs"] = (epochs, f"{limit}; {cost}")
@@ -151,11 +155,12 @@ def _about_pairs(data: DataFacts) -> str:
     return f"{how}{data.pairs:,} pairs; {distinct:,} distinct captions in {compared:,} compared"
 
 
-def _about_batch(batch: int, pairs: int, seen: float) -> str:
-    steps = f"{seen / batch:,.0f} steps; few steps and few negatives are both bad"
-    if batch < 256:
-        return f"{pairs:,} pairs give no larger one; {steps}"
-    return f"the set of negatives; {steps}"
+def _about_batch(batch: int, pairs: int) -> str:
+    if batch < _SMALLEST_BATCH:
+        return f"the set of negatives; {pairs:,} pairs give no larger one"
+    if batch == _SMALLEST_BATCH:
+        return "the set of negatives; smaller ones learn little, larger ones leave too few steps"
+    return f"the set of negatives; the largest that leaves {_STEPS:,} steps, or that pairs and device bear"
 
 
 def _about_crops(chosen: Chosen, pairs: int) -> str:
