@@ -145,7 +145,9 @@ def test_what_cannot_be_looked_at_is_said_in_two_lines(
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "none.csv").write_text("filepath,caption\nimages/absent.png,x\n")
-    fails(capsys, code, cause, "init", *arguments)
+    cure = fails(capsys, code, cause, "init", *arguments)
+    assert "--caption-key" not in cure
+    assert "--keep" not in cure
     assert not (tmp_path / "run.yaml").exists()
 
 

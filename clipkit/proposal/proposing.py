@@ -10,6 +10,7 @@ from typing import Any
 
 from clipkit.config import make_config
 from clipkit.config.reading import flow_yaml, parse_text
+from clipkit.data.raw.cache import in_words
 from clipkit.data.raw.reading import FOUND, LIST, Raw, planned, raw_path
 from clipkit.proposal.machine import Machine, look_at_machine, measure
 from clipkit.proposal.model import Chosen, choose_model, continue_model
@@ -28,6 +29,7 @@ from clipkit.redaction import visible
 from clipkit.types import ConfigError
 
 _WIDTH = 110
+_OPTIONS = {"--caption-key": "--caption", "--images": "--image-root", " and --keep": ""}
 _MEASURED_BATCH = {"cuda": 256, "mps": 64, "cpu": 64}
 
 Progress = Callable[[str, int, int], None]
@@ -90,7 +92,8 @@ def _look(
     if path is not None:
         names = captions or (FOUND,)
         root = None if image_root is None else Path(image_root)
-        sampled = copy_raw(planned(Raw(path, root, image_key, names)), folder, progress)
+        with in_words(_OPTIONS):
+            sampled = copy_raw(planned(Raw(path, root, image_key, names)), folder, progress)
     elif image_root is not None or image_key is not None:
         raise ConfigError(f"{data}: shards hold their images", "leave --image-root and --image-key out")
     else:

@@ -222,6 +222,18 @@ def test_of_many_that_start_at_once_one_makes_and_all_get_the_same(tmp_path: Pat
     assert sum(note.startswith("making shards") for _, _, notes in outcomes for note in notes) == 1
 
 
+def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+
+    def change(*_: Any) -> None:
+        with table.open("a") as stream:
+            stream.write("images/0.png,one more\n")
+
+    with pytest.raises(DataError, match="it changed while its shards were made"):
+        made_shards(Raw(table), Rules(), lambda _: None, change)
+    assert make(table).samples == 11
+
+
 def test_a_waiting_process_gives_up_when_nothing_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,13 +29,11 @@ REJECTS = "rejects.jsonl"
 LOCK = "making.lock"
 
 _FORMAT = 1
-_SAMPLES_PER_SHARD = (
-    2000  # a killed making repeats so many at most, and few pairs still feed several processes
-)
+# So many at most a killed making repeats, and few pairs still feed several processes.
+_SAMPLES_PER_SHARD = 2000
 _POLL_S = 0.5
 # Where locks do not reach other machines, a holder there counts as gone when its files stand still so long.
 _STALLED_S = 900.0
-# What make-shards calls an option is here a key.
 _KEYS = {
     "--image-key": "image_key",
     "--caption-key": "captions",
@@ -84,7 +82,7 @@ def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
     Of several processes that ask at the same time one makes them and the others wait. Raises ConfigError for
     a cache that cannot be written or is too small, DataError for data that cannot be used.
     """
-    with _words_of_a_configuration():
+    with in_words(_KEYS):
         plan = planned(raw)
         facts, volume = describe(raw, plan)
         name = f"{_stem(plan.place)}-{_digest(facts)}"
@@ -99,6 +97,11 @@ def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
                 _refuse_full_disk(folder, volume)
                 say(f"making shards of {raw.path}, this once: {plan.found.used}; into {folder}")
                 made = _make(raw, plan, folder, rules, progress)
+                if describe(raw, plan)[0] != facts:
+                    (folder / RECORD).unlink()
+                    raise DataError(
+                        f"{raw.path}: it changed while its shards were made", "start again when it is at rest"
+                    )
                 _mention_older(raw, folder, say)
         return _accepted(raw, made, rules, say)
 
@@ -140,12 +143,10 @@ def _make(raw: Raw, plan: Plan, folder: Path, rules: Rules, progress: Progress) 
 def _mention_older(raw: Raw, folder: Path, say: Say) -> None:
     """Says where shards of an earlier state of the data lie: a run may still continue on them."""
     for other in sorted(folder.parent.glob(f"*/{RECORD}")):
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError
-        ):  # what cannot be read is not worth a word
-            if other.parent != folder and json.loads(other.read_text(encoding="utf-8"))["source"] == _source(
-                raw
-            ):
+        # What cannot be read is not worth a word.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            source = json.loads(other.read_text(encoding="utf-8"))["source"]
+            if other.parent != folder and source == _source(raw):
                 say(f"earlier shards of it lie in {other.parent}; remove them when no run needs them")
 
 
@@ -167,14 +168,14 @@ def _accepted(raw: Raw, made: Made, rules: Rules, say: Say) -> Made:
 
 
 @contextlib.contextmanager
-def _words_of_a_configuration() -> Iterator[None]:
-    """Lets cures name keys of a configuration where they would name options of a command."""
+def in_words(words: Mapping[str, str]) -> Iterator[None]:
+    """Lets the cures of errors name what the caller calls the options of make-shards."""
     try:
         yield
     except (ConfigError, DataError) as error:
         cure = error.cure
-        for option, key in _KEYS.items():
-            cure = cure.replace(option, key)
+        for option, word in words.items():
+            cure = cure.replace(option, word)
         if cure == error.cure:
             raise
         raise type(error)(error.cause, cure) from error
