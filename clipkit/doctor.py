@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipkit.data.engine import usable_processors
 from clipkit.types import ClipkitError, ConfigError
 
 if TYPE_CHECKING:
@@ -105,9 +106,8 @@ def _devices() -> list[Finding]:
 
 
 def _cores() -> list[Finding]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
-    return [Finding("cores", f"{usable} usable of {os.cpu_count()}, OMP_NUM_THREADS {threads}")]
+    return [Finding("cores", f"{usable_processors()} usable of {os.cpu_count()}, OMP_NUM_THREADS {threads}")]
 
 
 def _memory_limit() -> int | None:
@@ -122,11 +122,18 @@ def _memory_limit() -> int | None:
     return None
 
 
-def _memory() -> list[Finding]:
+def granted_memory() -> int | None:
+    """Returns the bytes of main memory that this process may use, None where the system does not say."""
     if "SC_PHYS_PAGES" not in os.sysconf_names:
-        return [Finding("memory", "unknown on this system")]
+        return None
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    granted = min(total, _memory_limit() or total)
+    return min(total, _memory_limit() or total)
+
+
+def _memory() -> list[Finding]:
+    granted = granted_memory()
+    if granted is None:
+        return [Finding("memory", "unknown on this system")]
     cure = (
         "" if granted >= _MIN_MEMORY else "the quickstart needs up to 4 GB; close programs or raise the limit"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,11 @@ from clipkit.redaction import redact, visible
 if TYPE_CHECKING:
     from rich.live import Live
     from rich.progress import Progress, TaskID
+
+
+def rank() -> int:
+    """Returns the rank that a launcher gave this process, 0 without one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def encode_record(record: Mapping[str, Any]) -> str:
@@ -208,3 +214,40 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class StageProgress:
+    """Progress on stderr of the main rank: a bar on a terminal, a line every ten seconds elsewhere.
+
+    Calling it with (stage, done, total) moves the stage on; leaving the block removes the bar.
+    """
+
+    INTERVAL_S = 10.0
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._said = time.monotonic()
+        self._silent = rank() != 0
+
+    def __enter__(self) -> StageProgress:
+        if not self._silent and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bar.add_task(stage, total=total)
+            self._bar.update(self._tasks[stage], completed=done, total=total)
+        elif not self._silent and time.monotonic() - self._said >= self.INTERVAL_S:
+            self._said = time.monotonic()
+            print(f"{stage}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

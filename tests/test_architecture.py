@@ -19,6 +19,7 @@ FLOORS = {
     "redaction": 0,
     "types": 0,
     "dist": 0,
+    "lock": 0,
     "losses": 1,
     "data": 1,
     "models": 1,
@@ -35,6 +36,7 @@ FLOORS = {
     "bench": 4,
     "quickstart": 5,
     "doctor": 5,
+    "proposal": 5,
     "cli": 5,
 }
 
@@ -47,6 +49,8 @@ SAME_FLOOR = {
     ("evaluation", "log"): "long evaluations report progress",
     ("cli", "quickstart"): "a command calls one function",
     ("cli", "doctor"): "a command calls one function",
+    ("cli", "proposal"): "a command calls one function",
+    ("proposal", "doctor"): "a run file is proposed for the machine that doctor describes",
 }
 
 # Files at the top that are not on a floor: they name others only lazily or run them.

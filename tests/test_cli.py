@@ -23,6 +23,7 @@ from clipkit.types import ClipkitError, DataError, GateError
 
 COMMANDS = (
     "quickstart",
+    "init",
     "pretrain",
     "zeroshot",
     "retrieval",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipkit.checkpoint.lock import process_start, run_lock
+from clipkit.checkpoint.lock import run_lock
 from clipkit.checkpoint.logs import log_lengths, truncate_logs
 from clipkit.checkpoint.manifest import versions
 from clipkit.checkpoint.record import Checkpoint, Skipped
@@ -25,7 +25,6 @@ __all__ = [
     "log_lengths",
     "optimizer_tensors",
     "part_rows",
-    "process_start",
     "restore_rng",
     "run_lock",
     "truncate_logs",

@@ -1,110 +1,16 @@
-"""One process group per run directory: a lock that names its holder and that no dead process can hold."""
+"""One process group per run directory."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from clipkit.dist import World, gather_objects
+from clipkit.lock import HeldError, held
 from clipkit.types import ConfigError
 
 LOCK_FILE = "run.lock"
-
-# Record locks belong to a process: closing any descriptor of the file drops them, so the same process must
-# not open a lock file that it holds.
-_held: set[tuple[int, Path]] = set()
-
-
-def process_start(pid: int) -> str | None:
-    """Returns a text that no later process under the same pid has, None when the process is gone."""
-    if sys.platform == "linux":
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        except OSError:
-            return None
-        # proc(5): the name in parentheses may hold anything; then state is field 3 and starttime field 22.
-        fields = stat.rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
-    found = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(pid)],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return found or None
-
-
-def _read_holder(descriptor: int) -> dict[str, Any]:
-    """Returns who wrote the lock; {} for an empty or torn file, which only a process that died leaves."""
-    with contextlib.suppress(ValueError):
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        if isinstance(holder, dict) and isinstance(holder.get("pid"), int):
-            return holder
-    return {}
-
-
-def _refusal(path: Path, holder: dict[str, Any]) -> ConfigError:
-    who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
-    return ConfigError(
-        f"run directory {path.parent} is in use by {who}",
-        f"wait for it or stop it, or set another run.dir (if it is surely gone, remove {path})",
-    )
-
-
-def _record_lock(descriptor: int) -> bool | None:
-    """Returns True when the kernel gave the lock, False when a process has it, None without support."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _acquire(path: Path) -> int:
-    """Returns the open descriptor of the lock file, ours now; raises ConfigError naming the holder."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            locked = _record_lock(descriptor)
-            holder = _read_holder(descriptor)
-            if locked is False:
-                raise _refusal(path, holder)
-            if holder and _lives(holder, assumed=locked is None):
-                raise _refusal(path, holder)
-            # The file may have been removed by its holder between our open and our lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                    me = {
-                        "host": socket.gethostname(),
-                        "pid": os.getpid(),
-                        "start": process_start(os.getpid()),
-                    }
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, (json.dumps(me) + "\n").encode(), 0)
-                    os.fsync(descriptor)
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _lives(holder: dict[str, Any], *, assumed: bool) -> bool:
-    """Whether the recorded process runs; `assumed` of another host, where only the kernel's lock can tell."""
-    if holder.get("host") != socket.gethostname():
-        return assumed
-    return process_start(int(holder["pid"])) == holder.get("start")
 
 
 @contextlib.contextmanager
@@ -116,30 +22,23 @@ def run_lock(run_dir: Path | str, world: World | None = None) -> Iterator[Path]:
     """
     world = World.current() if world is None else world
     path = (Path(run_dir) / LOCK_FILE).resolve()
-    entry = (os.getpid(), path)
-    descriptor, failure = -1, None
-    if world.is_main:
-        try:
-            if entry in _held:
-                raise _refusal(path, {"pid": os.getpid(), "host": socket.gethostname()})
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _acquire(path)
-            _held.add(entry)
-        except ConfigError as error:
-            failure = error
-        except OSError as error:
-            failure = ConfigError(
-                f"run directory {path.parent} cannot be written to ({error.strerror or error})",
-                "set run.dir to a folder that this user can write to",
-            )
-    if world.size > 1:
-        failure = gather_objects(failure)[0]
-    if failure is not None:
-        raise failure
-    try:
+    failure = None
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            try:
+                stack.enter_context(held(path))
+            except HeldError as error:
+                failure = ConfigError(
+                    f"run directory {path.parent} is in use by {error.holder}",
+                    f"wait for it or stop it, or set another run.dir (if it is surely gone, remove {path})",
+                )
+            except OSError as error:
+                failure = ConfigError(
+                    f"run directory {path.parent} cannot be written to ({error.strerror or error})",
+                    "set run.dir to a folder that this user can write to",
+                )
+        if world.size > 1:
+            failure = gather_objects(failure)[0]
+        if failure is not None:
+            raise failure
         yield path
-    finally:
-        if world.is_main and os.getpid() == entry[0]:
-            _held.discard(entry)
-            path.unlink(missing_ok=True)
-            os.close(descriptor)

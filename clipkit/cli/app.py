@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clipkit.cli import configs, data, evaluating, machine, objectives, training
+from clipkit.cli import configs, data, evaluating, machine, objectives, proposing, training
 from clipkit.cli.output import rank
 from clipkit.redaction import redact, visible
 from clipkit.types import ClipkitError, ConfigError
@@ -31,6 +31,7 @@ app = typer.Typer(
     epilog=_EPILOG,
 )
 app.command("quickstart")(training.quickstart)
+app.command("init")(proposing.init)
 app.command("pretrain")(training.pretrain)
 app.command("sweep")(training.sweep)
 app.command("zeroshot")(evaluating.zeroshot)

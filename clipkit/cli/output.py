@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipkit.log import StageProgress, rank
 from clipkit.redaction import redact, visible
 from clipkit.types import ConfigError
 
+__all__ = [
+    "StageProgress",
+    "check_out",
+    "duration",
+    "join_launcher",
+    "rank",
+    "result",
+    "say",
+    "size",
+    "table",
+]
+
 if TYPE_CHECKING:
     from clipkit.dist import World
-
-
-def rank() -> int:
-    """Returns the rank that a launcher gave this process, 0 without one."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def join_launcher(device: str) -> tuple[World, str]:
@@ -93,40 +99,3 @@ def result(values: Mapping[str, Any], out: Path | None) -> None:
     say(*format_table(values))
     if out is not None:
         say(f"written to {write_result(values, out)}")
-
-
-class StageProgress:
-    """Progress on stderr of the main rank: a bar on a terminal, a line every ten seconds elsewhere.
-
-    Calling it with (stage, done, total) moves the stage on; leaving the block removes the bar.
-    """
-
-    INTERVAL_S = 10.0
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
-        self._said = time.monotonic()
-        self._silent = rank() != 0
-
-    def __enter__(self) -> StageProgress:
-        if not self._silent and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._bar.start()
-        return self
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._bar is not None:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(stage, total=total)
-            self._bar.update(self._tasks[stage], completed=done, total=total)
-        elif not self._silent and time.monotonic() - self._said >= self.INTERVAL_S:
-            self._said = time.monotonic()
-            print(f"{stage}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

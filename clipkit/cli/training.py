@@ -68,7 +68,7 @@ def pretrain(
         bool,
         typer.Option(
             "--dry-run",
-            help="Build everything, run a few steps, print what a run costs; writes only the shards' index.",
+            help="Build everything, run a few steps, print the cost; writes an index and shards of raw data.",
         ),
     ] = False,
 ) -> None:

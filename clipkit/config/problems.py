@@ -32,6 +32,7 @@ _SYNONYMS = {
     "max_grad_norm": "optim.clip_norm",
     "num_workers": "data.workers",
     "output_dir": "run.dir",
+    "table": "data.train.0.shards",
     "train_data": "data.train",
     "val_data": "run.evaluate",
     "warmup_steps": "optim.warmup",

@@ -59,6 +59,19 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return text
 
 
+def flow_yaml(value: Any) -> str:
+    """Returns one value as YAML on one line, to stand after `key: `; it reads back as the same value."""
+    text: str = yaml.dump(
+        {"": value},
+        Dumper=_Dumper,
+        default_flow_style=True,
+        allow_unicode=True,
+        width=1_000_000,
+        sort_keys=False,
+    )
+    return text.strip().removeprefix("{").removesuffix("}").partition(": ")[2]
+
+
 @dataclass
 class Values:
     """Plain nested values, and for each path where it was written."""

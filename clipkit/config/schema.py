@@ -119,9 +119,16 @@ class SourceConfig(Section):
     every batch is divided so, to within one sample. name: what its samples are counted under; by default the
     folder of the shards. missing: a sample without the field drawn for it gets one of the fields that it has
     (fallback), or is replaced and listed in rejects.jsonl (reject).
+
+    In the place of shards may stand pairs as they are: a CSV, TSV or Parquet table with a row per image, or a
+    folder of images with same-stem .txt files. Their shards are made once, and again when they change (see
+    data.cache). image_root: folder or zip of a table's images, by default what lies beside it; image_key: its
+    column of image paths. A caption field is then a column; `txt` means the captions as they are found.
     """
 
     shards: Shards
+    image_root: Text | None = None
+    image_key: Text | None = None
     captions: Annotated[tuple[CaptionConfig, ...], BeforeValidator(as_captions), Field(min_length=1)] = (
         CaptionConfig(),
     )
@@ -155,6 +162,7 @@ class DataConfig(Section):
     on_no_range: a server that only sends whole files is refused, or read as a stream without an exact order;
     holdout: so many pairs (5000), or such a share of them (1%), picked by a hash of their keys, are never
     trained on and are the retrieval `holdout` of every evaluation; clipkit.data.holdout says which;
+    cache: where shards of raw data are kept; None: .clipkit-cache beside it, or the user's cache folder;
     index_dir: a folder with the index that `clipkit index --out` made; index: lazy builds it while the first
     epoch is read, in an order of whole shards. Several sources in `train` make a mixture, whose epoch is as
     many samples as all of them hold, whichever they are from.
@@ -174,6 +182,7 @@ class DataConfig(Section):
     max_lost_chunks: Whole = 0
     allow_pipe: bool = False
     on_no_range: Literal["refuse", "stream"] = "refuse"
+    cache: Text | None = None
     index_dir: Text | None = None
     index: Literal["eager", "lazy"] = "eager"
     storage: StorageConfig = StorageConfig()

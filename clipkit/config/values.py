@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from clipkit.config.interval import parse_interval
+from clipkit.data.engine import usable_processors
 
 
 def _whole(value: Any) -> Any:
@@ -89,8 +89,7 @@ def _weight_ema(value: Any) -> bool | float | str:
 
 def default_workers() -> int:
     """Returns the number of loader workers where none is asked for: at most 2, one per processor."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2, usable)
+    return min(2, usable_processors())
 
 
 def _duration(value: Any) -> str:

@@ -27,6 +27,11 @@ Result = TypeVar("Result")
 _AHEAD = 2
 
 
+def usable_processors() -> int:
+    """Returns the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Engine:
     """How many parts run at a time, and where. kind: processes or ray."""

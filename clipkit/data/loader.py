@@ -160,6 +160,11 @@ class TrainStream:
         """Raises PositionChangedError naming the keys in which a saved position differs."""
         check_position(saved, self._position)
 
+    def note_contents(self, contents: Sequence[str]) -> None:
+        """Puts into `state` what the shards of raw data hold, "" for other sources; changes nothing else."""
+        if any(contents):
+            self._position["contents"] = list(contents)
+
     def world_sizes(self) -> list[int]:
         """Returns the numbers of processes that continue this run exactly, with equal shares."""
         return divisors(self._ranges.lanes) if self.exact else [self._ranges.world.size]
@@ -249,6 +254,7 @@ def open_train(
         for source in options.sources
     ]
     stream = _open(options, recipes, world, saved)
+    stream.note_contents([source.content for source in options.sources])
     if saved is not None:
         stream.check_state(saved)
     return stream

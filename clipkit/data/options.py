@@ -27,6 +27,10 @@ class Source:
     missing  what becomes of a sample that lacks the field drawn for it: another field is drawn ("fallback"),
              or the sample is unusable ("reject")
     name     under which its samples are counted; None: from the path of the shards
+    image_root  of raw data, which stands in the place of shards: where a table's images lie
+    image_key   of raw data: a table's column of image paths
+    content     a hash of the shards' bytes where they are known to stand for raw data: a saved position
+                continues only on the same
     """
 
     shards: str | tuple[str, ...]
@@ -34,6 +38,9 @@ class Source:
     weight: float = 1.0
     missing: Literal["fallback", "reject"] = "fallback"
     name: str | None = None
+    image_root: str | None = None
+    image_key: str | None = None
+    content: str = ""
 
 
 @dataclass(frozen=True)

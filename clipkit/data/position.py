@@ -12,7 +12,7 @@ from clipkit.types import ConfigError
 
 _STATE_KEYS = (
     "order_version", "exact", "seed", "batch_size", "lanes", "chunk_size", "window_chunks", "num_samples",
-    "index_sha", "first_lanes", "first_window", "shards_sha", "mixture_version", "held_out",
+    "index_sha", "first_lanes", "first_window", "shards_sha", "mixture_version", "held_out", "contents",
 )  # fmt: skip
 
 

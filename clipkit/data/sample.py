@@ -199,7 +199,7 @@ def caption_entries(sample: RawSample, field: str, lines: bool = False) -> list[
     return [value]
 
 
-def checked_caption(text: Any, field: str) -> str:
+def checked_caption(text: Any, field: str = "txt") -> str:
     """Returns an entry of `caption_entries` as a caption; raises Unusable, and Absent for an empty one."""
     if not isinstance(text, str):
         kind = Absent if text is None else Unusable

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import secrets
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ Progress = Callable[[int], None]
 _MTIME = 946_684_800  # 2000-01-01: any fixed time; 0 makes some unpacking tools warn
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp")
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 _SIGNATURES = {
     b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp",
     b"GIF87a": "gif", b"GIF89a": "gif", b"BM": "bmp",
@@ -101,7 +103,7 @@ def write_shard(path: Path, samples: Iterable[Sample], progress: Progress | None
     Returns its record. DataError for a key that tar readers would misread, an empty caption or an empty
     shard.
     """
-    return _write_tar(path, map(_training_members, samples), progress)
+    return write_members(path, map(training_members, samples), progress)
 
 
 def write_train_shards(
@@ -111,7 +113,7 @@ def write_train_shards(
 
     Returns one record per shard. sizes.json ({name: samples}) is what open_clip reads.
     """
-    _begin(out, "sizes.json", "manifest.json")
+    begin_shards(out, "sizes.json", "manifest.json")
     records = []
     stream = iter(samples)
     for number in itertools.count():
@@ -134,19 +136,24 @@ def write_train_parts(
 
     Each part travels to a process, so it must pickle. Returns one record per shard.
     """
-    _begin(out, "sizes.json", "manifest.json")
+    begin_shards(out, "sizes.json", "manifest.json")
     jobs = [(out / shard_name(number), part) for number, part in enumerate(parts)]
     count = None if progress is None else lambda record: progress(record.samples)
     return finish_train_shards(out, list(Engine(workers).map(_write_part, jobs, count)))
 
 
-def finish_train_shards(out: Path, records: Sequence[ShardRecord]) -> list[ShardRecord]:
+def finish_train_shards(
+    out: Path, records: Sequence[ShardRecord], job: Mapping[str, Any] | None = None
+) -> list[ShardRecord]:
     """Writes sizes.json and manifest.json for `records`, removes later shards of an earlier run, returns
     the records.
+
+    job: what made the shards, for the manifest.
     """
     _keep_only(out, records)
     manifest = {
         "format": "clipkit shards 1",
+        **({} if job is None else {"job": job}),
         "samples": sum(record.samples for record in records),
         "shards": [vars(record) for record in records],
     }
@@ -179,12 +186,28 @@ def write_evaluation_set(
     caption per line); `kind` overrides what dataset_type.txt says. Templates use the field {c}.
     """
     folder = out / split
-    _begin(folder, "nshards.txt")
-    stream = _Peekable(_evaluation_members(items, None if classnames is None else len(classnames)))
+    begin_shards(folder, "nshards.txt")
+    num_classes = None if classnames is None else len(classnames)
+    stream = _Peekable(evaluation_members(item, number, num_classes) for number, item in enumerate(items))
     records: list[ShardRecord] = []
     while stream.more():
         path = folder / f"{len(records)}.tar"
-        records.append(_write_tar(path, stream.take(max_samples, max_bytes), progress))
+        records.append(write_members(path, stream.take(max_samples, max_bytes), progress))
+    return finish_evaluation_set(out, records, classnames, templates, kind, split)
+
+
+def finish_evaluation_set(
+    out: Path,
+    records: Sequence[ShardRecord],
+    classnames: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    kind: str | None = None,
+    split: str = "test",
+) -> list[ShardRecord]:
+    """Writes the text files of the layout for shards 0.tar, 1.tar, ... and removes later ones of an earlier
+    run; returns the records. Arguments as in `write_evaluation_set`.
+    """
+    folder = out / split
     _keep_only(folder, records)
     if classnames is not None:
         write_text(out / "classnames.txt", "".join(f"{normalize_caption(name)}\n" for name in classnames))
@@ -194,7 +217,7 @@ def write_evaluation_set(
         out / "dataset_type.txt", f"{kind or ('retrieval' if classnames is None else 'classification')}\n"
     )
     write_text(folder / "nshards.txt", f"{len(records)}\n")
-    return records
+    return list(records)
 
 
 def shard_name(number: int) -> str:
@@ -204,7 +227,7 @@ def shard_name(number: int) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file that appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _beside(path)
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
 
@@ -213,7 +236,12 @@ def _write_part(path: Path, part: Callable[[], Iterable[Sample]]) -> ShardRecord
     return write_shard(path, part())
 
 
-def _begin(folder: Path, *summaries: str) -> None:
+def _beside(path: Path) -> Path:
+    # Of its own: a job that is started twice by mistake must not write into the file of the other.
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def begin_shards(folder: Path, *summaries: str) -> None:
     """Makes the folder and removes the summaries of an earlier run, written again when all is there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in summaries:
@@ -244,8 +272,14 @@ def _tar_writer() -> Any:
     return importlib.import_module("_clipkit_webdataset.writer").TarWriter
 
 
-def _write_tar(path: Path, members: Iterable[dict[str, Any]], progress: Progress | None) -> ShardRecord:
-    temporary = path.with_name(path.name + ".tmp")
+def write_members(
+    path: Path, members: Iterable[dict[str, Any]], progress: Progress | None = None
+) -> ShardRecord:
+    """Writes one tar of samples, given as their members by extension with the key as __key__.
+
+    Returns its record. DataError for a key that occurs twice.
+    """
+    temporary = _beside(path)
     writer_class = _tar_writer()
     samples = 0
     seen: set[str] = set()
@@ -276,7 +310,8 @@ def _write_tar(path: Path, members: Iterable[dict[str, Any]], progress: Progress
     return ShardRecord(path.name, samples, size, digest)
 
 
-def _training_members(sample: Sample) -> dict[str, Any]:
+def training_members(sample: Sample) -> dict[str, Any]:
+    """Returns the members of one training sample by extension, its key as __key__; raises DataError."""
     # Readers cut a member name at its first dot: `a.v1.jpg` would be sample `a` without an image.
     if (
         not sample.key
@@ -303,25 +338,28 @@ def _training_members(sample: Sample) -> dict[str, Any]:
     return members
 
 
-def _evaluation_members(items: Iterable[EvaluationItem], num_classes: int | None) -> Iterator[dict[str, Any]]:
-    for number, item in enumerate(items):
-        extension = normalize_extension(item.extension, EVALUATION_EXTENSIONS)
-        members: dict[str, Any] = {"__key__": f"s{number:07d}", extension: item.image}
-        if num_classes is not None:
-            if item.label is None or not 0 <= item.label < num_classes:
-                raise DataError(
-                    f"evaluation image {number} has label {item.label}, outside 0..{num_classes - 1}",
-                    "check the label column against classnames.txt",
-                )
-            members["cls"] = str(item.label).encode()
-        else:
-            captions = [normalize_caption(caption) for caption in item.captions]
-            if not captions or not all(captions):
-                raise DataError(
-                    f"evaluation image {number} has an empty caption", "remove it or fill in its caption"
-                )
-            members["txt"] = "\n".join(captions).encode()
-        yield members
+def evaluation_members(item: EvaluationItem, number: int, num_classes: int | None) -> dict[str, Any]:
+    """Returns the members of one evaluation image by extension, its key as __key__; raises DataError.
+
+    num_classes: of a classification set; None for a retrieval set.
+    """
+    extension = normalize_extension(item.extension, EVALUATION_EXTENSIONS)
+    members: dict[str, Any] = {"__key__": f"s{number:07d}", extension: item.image}
+    if num_classes is not None:
+        if item.label is None or not 0 <= item.label < num_classes:
+            raise DataError(
+                f"evaluation image {number} has label {item.label}, outside 0..{num_classes - 1}",
+                "check the label column against classnames.txt",
+            )
+        members["cls"] = str(item.label).encode()
+    else:
+        captions = [normalize_caption(caption) for caption in item.captions]
+        if not captions or not all(captions):
+            raise DataError(
+                f"evaluation image {number} has an empty caption", "remove it or fill in its caption"
+            )
+        members["txt"] = "\n".join(captions).encode()
+    return members
 
 
 class _Peekable:

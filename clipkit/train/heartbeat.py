@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clipkit.checkpoint import process_start
 from clipkit.dist import World
+from clipkit.lock import process_start
 from clipkit.log import redact
 from clipkit.types import ClipkitError
 

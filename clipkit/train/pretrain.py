@@ -36,8 +36,8 @@ def pretrain(
     "contributions" (samples seen of each source of a mixture), "metrics", "export"}. resume: "auto" continues
     the directory's newest valid checkpoint at the very next sample, "never" refuses a directory that has one,
     a path continues that checkpoint, of this run or of another one of the same configuration. dry_run builds
-    everything, runs a few steps, writes nothing but the index of the shards, and returns what the run would
-    cost. Raises the ClipkitError family.
+    everything, runs a few steps, writes nothing but the index of the shards (of raw data the shards too), and
+    returns what the run would cost. Raises the ClipkitError family.
     """
     if isinstance(config, dict):
         config = make_config(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,17 +23,22 @@ from torch.distributed.fsdp import FSDPModule
 from clipkit import optim
 from clipkit.config import Config, check_schedule, parse_interval
 from clipkit.data.continuing import open_continued
+from clipkit.data.engine import usable_processors
 from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
 from clipkit.data.order import check_shares
+from clipkit.data.raw import Rules
+from clipkit.data.raw.sharing import shards_of
 from clipkit.dist import World
 from clipkit.evaluation.holdout import holdout_notes, holdout_set
 from clipkit.evaluation.sets import RetrievalSet
 from clipkit.learner import Learner, freeze_unused, needs_of
+from clipkit.log import StageProgress
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import TowerOptions, Towers, build
 from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, shared_scale
+from clipkit.redaction import visible
 from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, teacher_notes, widths_of
 from clipkit.train.sharding import shard
 from clipkit.train.trackers import Trackers
@@ -171,22 +177,44 @@ def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
     return towers, objectives
 
 
+def open_sources(config: Config, world: World) -> tuple[Source, ...]:
+    """Returns the training data of the configuration as shards, made now of raw data; called by all ranks."""
+    data = config.data
+    rules = Rules(
+        None if data.cache is None else Path(data.cache), usable_processors(), data.max_reject_fraction
+    )
+    sources = (
+        Source(
+            source.shards,
+            tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in source.captions),
+            source.weight,
+            source.missing,
+            source.name,
+            source.image_root,
+            source.image_key,
+        )
+        for source in data.train
+    )
+    with StageProgress() as progress:
+        return tuple(shards_of(source, rules, world, _say, progress) for source in sources)
+
+
+def _say(line: str) -> None:
+    print(visible(line), file=sys.stderr, flush=True)
+
+
 def open_stream(
-    config: Config, views: Views, needs: Needs, world: World, saved: dict[str, Any] | None
+    config: Config,
+    sources: tuple[Source, ...],
+    views: Views,
+    needs: Needs,
+    world: World,
+    saved: dict[str, Any] | None,
 ) -> TrainStream:
     """Returns the training data of the configuration for this rank: what `needs` declares and no more."""
     data = config.data
     options = LoaderOptions(
-        source=tuple(
-            Source(
-                source.shards,
-                tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in source.captions),
-                source.weight,
-                source.missing,
-                source.name,
-            )
-            for source in data.train
-        ),
+        source=sources,
         batch_size=data.batch_size,
         seed=config.run.seed,
         workers=data.workers,
@@ -307,12 +335,13 @@ def prepare(
     """
     world = World.current()
     check_world(config, world, saved)
+    sources = open_sources(config, world)  # before the towers: what cannot be read is refused in seconds
     seed_everything(config.run.seed)
     towers, objectives = build_towers(config)
     needs = needs_of(part for part, _ in objectives.values())
     teachers = build_teachers(needs, towers, stored)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
-    stream = open_stream(config, views, needs, world, saved)
+    stream = open_stream(config, sources, views, needs, world, saved)
     held = stream.held_pairs()
     holdout = holdout_set(held) if held else None
     decay = wants_ema(config, stream.pairs)

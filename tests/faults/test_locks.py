@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from clipkit.checkpoint import run_lock
-from clipkit.checkpoint.lock import LOCK_FILE, process_start
+from clipkit.checkpoint.lock import LOCK_FILE
+from clipkit.lock import process_start
 from clipkit.types import ConfigError
 from tests.checkpoint.children import in_child
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from clipkit.checkpoint import CheckpointStore, StopSignals, process_start
+from clipkit.checkpoint import CheckpointStore, StopSignals
 from clipkit.cli import main
 from clipkit.data.loader import LoaderOptions, Source, open_train
 from clipkit.dist import World
+from clipkit.lock import process_start
 from clipkit.train import loop, pretrain
 from clipkit.types import ClipkitError
 from tests.checkpoint.children import in_child

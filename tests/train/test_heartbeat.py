@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from clipkit.checkpoint import process_start
 from clipkit.dist import World
+from clipkit.lock import process_start
 from clipkit.train.heartbeat import Heartbeat, Sign, behind, missing, read_signs
 from clipkit.types import ClipkitError
 

@@ -8,6 +8,7 @@ import typer
 
 from clipkit.cli.data.download import download
 from clipkit.cli.data.index import index
+from clipkit.cli.data.make_shards import make_shards
 
 __all__ = ["app", "index", "script"]
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Make, check, describe, reshard and filter shards.",
 )
 app.command("download")(download)
+app.command("make-shards")(make_shards)
 
 
 def script(job: str) -> int:
