@@ -279,6 +279,8 @@ def _say_found(made: Made, collection: Collection) -> None:
     if made.rejects:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in made.rejects.most_common())
         say(f"left out: {reasons} (see rejects.jsonl)")
+    if made.records and made.empty:
+        say(f"{made.empty:,} shards would be empty and are left out: their numbers are missing")
     if made.encoded:
         say(f"{made.encoded:,} images encoded again")
     if made.rotated:
