@@ -205,7 +205,9 @@ def _job(
     from clipkit.data.making.writing import MakeJob
     from clipkit.evaluation.collections import READERS
 
-    collection = open_collection(data, reading, kind, None if dry_run else _nearest(out), READERS)
+    folder = None if dry_run else _nearest(out)
+    with StageProgress() as stage:
+        collection = open_collection(data, reading, kind, folder, READERS, _counter(stage, "entries listed"))
     names = collection.classnames
     layout = Layout() if train else Layout(False, None if names is None else len(names))
     place = getattr(collection.images, "path", None)
@@ -250,13 +252,13 @@ def _nearest(out: Path) -> Path | None:
     return next((path for path in (out.absolute(), *out.absolute().parents) if path.is_dir()), None)
 
 
-def _counter(stage: StageProgress, what: str, total: int) -> Callable[[int], None]:
+def _counter(stage: StageProgress, what: str, total: int | None = None) -> Callable[[int], None]:
     done = 0
 
     def count(rows: int) -> None:
         nonlocal done
         done += rows
-        stage(what, done, total)
+        stage(what, done, done if total is None else total)
 
     return count
 
@@ -277,6 +279,8 @@ def _say_found(made: Made, collection: Collection) -> None:
     if made.rejects:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in made.rejects.most_common())
         say(f"left out: {reasons} (see rejects.jsonl)")
+    if made.records and made.empty:
+        say(f"{made.empty:,} shards would be empty and are left out: their numbers are missing")
     if made.encoded:
         say(f"{made.encoded:,} images encoded again")
     if made.rotated:

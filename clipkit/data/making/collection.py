@@ -16,6 +16,7 @@ import numpy as np
 from clipkit.types import ConfigError, DataError
 
 _STRIDE = 64  # entries between two known offsets
+_REPORTED = 10_000  # entries between two words of progress
 
 
 class Entry(NamedTuple):
@@ -108,7 +109,13 @@ class Listing:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix=".clipkit-")  # noqa: SIM115
+        try:
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix=".clipkit-")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(
+                f"{folder or tempfile.gettempdir()}: cannot be written ({error.strerror})",
+                "choose a folder that you may write to",
+            ) from error
         self._offsets = array("q")
         self._hash = hashlib.blake2b(digest_size=16)
         self._size = self._length = self.repeated = 0
@@ -117,14 +124,20 @@ class Listing:
         return self._length
 
     def __del__(self) -> None:
-        self.close()
+        if "_file" in vars(self):
+            self.close()
 
     @property
     def digest(self) -> str:
         """The hash of all entries."""
         return self._hash.hexdigest()
 
-    def extend(self, entries: Iterable[Entry], on_entry: Callable[[Entry, int], None] | None = None) -> None:
+    def extend(
+        self,
+        entries: Iterable[Entry],
+        on_entry: Callable[[Entry, int], None] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Appends entries; `on_entry` gets each with the byte where it is written."""
         last = None
         for entry in entries:
@@ -137,6 +150,8 @@ class Listing:
             self._hash.update(line)
             self._size += len(line)
             self._length += 1
+            if progress is not None and self._length % _REPORTED == 0:
+                progress(_REPORTED)
             self.repeated += entry.image == last and entry.problem is None
             last = entry.image
         self._file.flush()
@@ -167,25 +182,30 @@ def _entry(line: bytes) -> Entry:
     return Entry(row, image, tuple(captions), label, fields, None if problem is None else tuple(problem))
 
 
-def list_entries(entries: Iterable[Entry], folder: Path | None, group: bool) -> Listing:
+def list_entries(
+    entries: Iterable[Entry],
+    folder: Path | None,
+    group: bool,
+    progress: Callable[[int], None] | None = None,
+) -> Listing:
     """Returns the listing of `entries`; group: one entry per image, in the order of first appearance.
 
-    Grouping keeps 24 bytes per entry in memory while it lasts. The fields of the first row of an image stay.
+    Grouping takes about 60 bytes of memory per entry while it lasts. The fields of an image's first row stay.
     """
     listing = Listing(folder)
     if not group:
-        listing.extend(entries)
+        listing.extend(entries, None, progress)
         return listing
     offsets = array("q")
     hashes = bytearray()
 
     def note(entry: Entry, offset: int) -> None:
         # Broken rows stay on their own: their images may have no name at all.
-        name = f"{entry.image}" if entry.problem is None else f"\0{offset}"
+        name = entry.image if entry.problem is None else f"\0{offset}"
         hashes.extend(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest())
         offsets.append(offset)
 
-    listing.extend(entries, note)
+    listing.extend(entries, note, progress)
     if not offsets:
         return listing
     keys = np.frombuffer(bytes(hashes), dtype=[("a", "<u8"), ("b", "<u8")])
@@ -249,13 +269,19 @@ class Collection:
         self.listing.close()
 
 
-def collect(source: str, found: Found, reading: Reading, folder: Path | None = None) -> Collection:
+def collect(
+    source: str,
+    found: Found,
+    reading: Reading,
+    folder: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Collection:
     """Returns the collection of what a reader found; the listing lies in `folder`.
 
-    Raises DataError when there are no entries.
+    progress: told of further entries as they are listed. Raises DataError when there are no entries.
     """
     group = found.grouped if reading.group is None else reading.group
-    listing = list_entries(found.entries(), folder, group)
+    listing = list_entries(found.entries(), folder, group, progress)
     if not len(listing):
         listing.close()
         raise DataError(f"{source}: no rows", "add one row per image or caption")

@@ -41,13 +41,14 @@ def open_collection(
     kind: str | None = None,
     folder: Path | None = None,
     labelled: Mapping[str, Reader] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Collection:
     """Returns the images and captions that a path holds, listed.
 
     kind: the layout, found out when None. folder: where the listing lies while this process needs it, by
     default the system's folder of temporary files. labelled: readers of LABELLED layouts
-    (`clipkit.evaluation.collections.READERS`). ConfigError for a path that holds nothing known, DataError
-    for damaged content.
+    (`clipkit.evaluation.collections.READERS`). progress: told of further entries as they are listed.
+    Raises ConfigError for a path that holds nothing known, DataError for damaged content.
     """
     given, reading = Path(path).expanduser(), reading or Reading()
     readers = {**READERS, **(labelled or {})}
@@ -61,7 +62,7 @@ def open_collection(
         given = the_table(given, reading)
     if kind not in readers:
         raise ConfigError(f"{given}: labelled images ({kind}) have no captions", "give images with captions")
-    return collect(str(path), readers[kind](given, reading), reading, folder)
+    return collect(str(path), readers[kind](given, reading), reading, folder, progress)
 
 
 def detect(path: Path, reading: Reading) -> tuple[str, Path]:
@@ -77,7 +78,7 @@ def detect(path: Path, reading: Reading) -> tuple[str, Path]:
     if any(_IDX.search(entry.name) for entry in path.iterdir()):
         return "idx", path
     if (path / "test" / "nshards.txt").is_file() or (path / "sizes.json").is_file():
-        raise ConfigError(f"{path}: holds shards already", "use the folder as it is, or run: reshard")
+        raise ConfigError(f"{path}: holds shards already", "train on the folder as it is")
     if not tables_in(path):
         if holds_pairs(path):
             return "pairs", path

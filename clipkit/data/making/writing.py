@@ -6,6 +6,7 @@ kill and the share that a machine takes change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.engine import Engine
-from clipkit.data.finished import FOLDER, Finished
+from clipkit.data.finished import Finished
 from clipkit.data.indexing import RECORDS, Indexing, write_record
 from clipkit.data.making.collection import Collection, Entry, Images
 from clipkit.data.making.images import UNCHANGED, ImageRules
@@ -68,7 +69,7 @@ class Making:
 
 @dataclass
 class Made:
-    """What a job found and wrote."""
+    """What a job found and wrote. empty: shards that are left out, because no row of theirs is usable."""
 
     records: list[ShardRecord] = field(default_factory=list)
     rejects: Counter[str] = field(default_factory=Counter)
@@ -77,10 +78,13 @@ class Made:
     rotated: int = 0
     encoded: int = 0
     resumed: int = 0
+    empty: int = 0
 
     def add(self, outcome: dict[str, Any]) -> None:
         """Takes in the outcome of one part."""
-        if outcome["record"] is not None:
+        if outcome["record"] is None:
+            self.empty += 1
+        else:
             self.records.append(ShardRecord(**outcome["record"]))
         for reject in outcome["rejects"]:
             self.first = self.first or RowReject(**reject)
@@ -111,7 +115,7 @@ class Made:
 class MakeJob:
     """The making of one set of shards in `out`: training shards, or the CLIP_benchmark layout.
 
-    classnames, templates: of an evaluation set with labels.
+    templates: prompts of an evaluation set with labels, with {c} or {}.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class MakeJob:
         templates: Sequence[str] | None = None,
     ) -> None:
         self.collection, self.out, self.making, self.layout = collection, out, making, layout
-        self.templates = templates
+        self.templates = None if templates is None else [line.replace("{}", "{c}") for line in templates]
         self.folder = out if layout.train else out / "test"
         self.job = {
             "source": Path(collection.source).name,
@@ -217,11 +221,13 @@ class MakeJob:
         made = Made()
         rows = bounds[wanted.stop] - bounds[wanted.start]
         try:
-            for outcome in self._outcomes(engine, wanted, bounds, made):
-                made.add(outcome)
-                if progress is not None:
-                    progress(outcome["rows"])
-                made.refuse_too_many(self.collection.source, rows, self.making.max_reject_fraction)
+            # Closed before anything is removed: until then workers may still write.
+            with contextlib.closing(self._outcomes(engine, wanted, bounds, made)) as outcomes:
+                for outcome in outcomes:
+                    made.add(outcome)
+                    if progress is not None:
+                        progress(outcome["rows"])
+                    made.refuse_too_many(self.collection.source, rows, self.making.max_reject_fraction)
             if numbers is None:
                 self._finish(made, engine)
         except DataError:
@@ -236,7 +242,7 @@ class MakeJob:
 
     def _outcomes(
         self, engine: Engine, wanted: range, bounds: list[int], made: Made
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """Yields the outcome of every wanted shard in order: from its record, or made now."""
         known = {number: self._known(number) for number in wanted}
         pending = [number for number, outcome in known.items() if outcome is None]
@@ -274,6 +280,11 @@ class MakeJob:
         return shard_name(number) if self.layout.train else f"{number}.tar"
 
     def _finish(self, made: Made, engine: Engine) -> None:
+        if made.empty and not self.layout.train:
+            raise DataError(
+                f"{self.folder}: {made.empty} shards would be empty, and the layout has no gaps",
+                "pass a larger --samples-per-shard, or repair the rows",
+            )
         for folder in {self.folder, self.out}:
             for left in folder.iterdir():
                 if _LEFT.search(left.name):
@@ -383,8 +394,3 @@ def make_evaluation_set(
     job = MakeJob(collection, out, making or Making(max_reject_fraction=0.0), layout, templates)
     job.begin(overwrite)
     return job.run(engine or Engine(), progress).records
-
-
-def folder_of_records(out: Path) -> Path:
-    """Returns where an unfinished job in `out` keeps its records."""
-    return out / FOLDER

@@ -268,6 +268,9 @@ def test_an_evaluation_set_leaves_nothing_out_by_itself(tmp_path: Path) -> None:
     write_csv(tmp_path / "captions.csv", ["filepath", "caption"], rows)
     arguments = ["data", "make-shards", str(tmp_path), "--to", "evaluation", "--out", str(tmp_path / "o")]
     assert main(arguments) == 3
+    # A shard of its own for the reject would leave a gap in names that count without one.
+    assert main([*arguments, "--max-reject-fraction", "1", "--samples-per-shard", "1"]) == 3
+    assert not (tmp_path / "o").exists()
     assert main([*arguments, "--format", "png"]) == 0
     assert len(samples(tmp_path / "o" / "test")) == 3
 
