@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from clipkit.cli.data.check_shards import check_shards
 from clipkit.cli.data.index import index
 
 __all__ = ["app", "index", "script"]
@@ -16,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make, check, describe, reshard and filter shards.",
 )
+app.command("check-shards")(check_shards)
 
 
 def script(job: str) -> int:
