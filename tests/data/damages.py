@@ -57,14 +57,19 @@ def key(number: int) -> str:
 
 def sample(number: int) -> Members:
     """A JPEG, a caption and fields, different for every number."""
+    return list(_sample(number))
+
+
+@cache
+def _sample(number: int) -> tuple[tuple[str, bytes], ...]:
     pixels = np.random.default_rng(number).integers(0, 256, (12, 10, 3)).astype(np.uint8)
     picture = encoded(Image.fromarray(pixels), "JPEG", quality=90)
     fields = json.dumps({"number": number}).encode()
-    return [
+    return (
         (f"{key(number)}.jpg", picture),
         (f"{key(number)}.json", fields),
         (f"{key(number)}.txt", f"caption {number}".encode()),
-    ]
+    )
 
 
 def tar_bytes(samples: Iterable[Members], form: int = tarfile.PAX_FORMAT) -> bytes:

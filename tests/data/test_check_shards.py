@@ -50,8 +50,7 @@ def one_case(folder: Path, damage: Damage, place: int) -> list[str]:
     """What is wrong with the check or the repair of one damage; empty: nothing."""
     folder.mkdir()
     for number in (0, 2):
-        clean = [sample(100 * (number + 1) + n) for n in range(3)]
-        (folder / f"{number:05d}.tar").write_bytes(tar_bytes(clean))
+        (folder / f"{number:05d}.tar").write_bytes(tar_bytes([sample(100 + number)]))
     shard = write_damaged(folder / "00001.tar", damage, place)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     shards, found = check(folder)

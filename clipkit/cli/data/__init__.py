@@ -8,6 +8,7 @@ import typer
 
 from clipkit.cli.data.check_shards import check_shards
 from clipkit.cli.data.index import index
+from clipkit.cli.data.stats import stats
 
 __all__ = ["app", "index", "script"]
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Make, check, describe, reshard and filter shards.",
 )
 app.command("check-shards")(check_shards)
+app.command("stats")(stats)
 
 
 def script(job: str) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clipkit.redaction import redact
-
 ERROR = "error"
 NOTE = "note"
 
@@ -72,10 +70,7 @@ class Finding:
     def record(self) -> dict[str, Any]:
         """Returns the finding as JSON-able text that every file can hold."""
         values = {**asdict(self), "cure": self.cure}
-        return {
-            name: writable(redact(value)) if isinstance(value, str) else value
-            for name, value in values.items()
-        }
+        return {name: writable(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def writable(text: str) -> str:

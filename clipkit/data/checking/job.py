@@ -28,6 +28,7 @@ from clipkit.data.scan import Grouper
 from clipkit.data.shard_records import OnShard, Record, ShardRecords, survey
 from clipkit.data.tar_format import ShardDamage
 from clipkit.data.tar_index import replacing
+from clipkit.redaction import redact
 
 MAX_SHARED_KEYS = 100  # keys of several shards that are named
 
@@ -172,14 +173,19 @@ def _shared_keys(shards: Sequence[str], keys: HashCounts) -> Iterator[Finding]:
         named.items(), key=lambda entry: (entry[1][-1], names.get(entry[0], ("", 0))[1])
     ):
         member, byte = names.get(key, ("", 0))
-        others = ", ".join(os.path.basename(shards[number]) for number in groups[:-1][:5])
+        others = ", ".join(os.path.basename(redact(shards[number])) for number in groups[:-1][:5])
         yield Finding(
-            shards[groups[-1]], "key in several shards", f"also in {others}", member, byte, severity=NOTE
+            redact(shards[groups[-1]]),
+            "key in several shards",
+            f"also in {others}",
+            member,
+            byte,
+            severity=NOTE,
         )
     if len(shared) > len(named):
         sampled = f" (of every {1 << keys.level}th key)" if keys.level else ""
         text = f"{len(shared) - len(named):,} more keys stand in several shards{sampled}"
-        yield Finding(shards[0], "key in several shards", text, severity=NOTE)
+        yield Finding(redact(shards[0]), "key in several shards", text, severity=NOTE)
 
 
 def _keys_of(shard: str, wanted: set[int]) -> dict[int, tuple[str, int]]:

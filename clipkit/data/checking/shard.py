@@ -67,9 +67,7 @@ class ShardCheck:
     def record(self) -> dict[str, Any]:
         """Returns it as JSON-able values."""
         found = [finding.record() for finding in self.findings]
-        shard = writable(redact(self.shard))
-        values = {"findings": found, "more": dict(self.more), "keys": to_text(self.keys), "shard": shard}
-        return {**vars(self), **values}
+        return {**vars(self), "findings": found, "more": dict(self.more), "keys": to_text(self.keys)}
 
 
 def check_of_record(record: Mapping[str, Any]) -> ShardCheck:
@@ -82,7 +80,7 @@ def check_of_record(record: Mapping[str, Any]) -> ShardCheck:
 
 def check_shard(path: str, rules: SampleRules, stated: Stated) -> ShardCheck:
     """Returns everything that is wrong with one shard; a shard out of reach is a finding, too."""
-    check = ShardCheck(path)
+    check = ShardCheck(writable(redact(path)))
     try:
         with opened_shard(path) as opened:
             check.size, check.stamp = opened.size, opened.stamp
@@ -92,7 +90,7 @@ def check_shard(path: str, rules: SampleRules, stated: Stated) -> ShardCheck:
         cause = (
             error.cause if isinstance(error, DataError) else str(getattr(error, "strerror", None) or error)
         )
-        check.findings.append(Finding(path, "unreadable", cause.removeprefix(f"{path}: ")))
+        check.findings.append(Finding(check.shard, "unreadable", cause.removeprefix(f"{path}: ")))
     check.findings.sort(key=lambda finding: -1 if finding.byte is None else finding.byte)
     return check
 
