@@ -87,14 +87,13 @@ class HashCounts:
         first, last = (np.searchsorted(found, wanted, side=side) for side in ("left", "right"))
         return (last - first).astype(np.int64)
 
-    def in_several_groups(self) -> list[tuple[int, list[int]]]:
-        """Returns (hash, its groups in order) of the hashes that several groups share."""
+    def in_several_groups(self, limit: int) -> tuple[int, list[tuple[int, list[int]]]]:
+        """Returns how many hashes several groups share, and (hash, its groups) of `limit` of them."""
         hashes, groups = self._all(), np.concatenate(self._groups or [np.zeros(0, dtype=np.int32)])
         order = np.lexsort((groups, hashes))
         hashes, groups = hashes[order], groups[order]
-        again = np.flatnonzero((hashes[1:] == hashes[:-1]) & (groups[1:] != groups[:-1]))
-        found: dict[int, list[int]] = {}
-        for at in again.tolist():
-            into = found.setdefault(int(hashes[at]), [int(groups[at])])
-            into.append(int(groups[at + 1]))
-        return list(found.items())
+        again = (hashes[1:] == hashes[:-1]) & (groups[1:] != groups[:-1])
+        shared = np.unique(hashes[1:][again])
+        first, last = (np.searchsorted(hashes, shared[:limit], side=side) for side in ("left", "right"))
+        spans = zip(shared[:limit].tolist(), first.tolist(), last.tolist(), strict=True)
+        return len(shared), [(key, np.unique(groups[a:b]).tolist()) for key, a, b in spans]

@@ -31,7 +31,7 @@ class ShardRecords:
     """
 
     def __init__(self, folder: Path | None, job: dict[str, Any]) -> None:
-        self._folder = folder
+        self.folder = folder
         self._finished = None if folder is None else Finished(folder, job)
 
     def get(self, part: Part) -> Record | None:
@@ -47,16 +47,16 @@ class ShardRecords:
 
     def put(self, part: Part, record: Record) -> None:
         """Keeps a record."""
-        if self._finished is not None and self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        if self._finished is not None and self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._finished.put(_name(part), record)
 
     def clear(self) -> None:
         """Removes the records, and their folder if nothing else is in it."""
-        if self._finished is not None and self._folder is not None:
+        if self._finished is not None and self.folder is not None:
             self._finished.clear()
             with contextlib.suppress(OSError):
-                self._folder.rmdir()
+                self.folder.rmdir()
 
 
 def survey(

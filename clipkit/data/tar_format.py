@@ -20,17 +20,17 @@ MAX_EXTENDED = 1 << 20
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 REPLACE_SHARD = "write or download the shard again, or take it out of the list of shards"
 
-MAGIC = b"ustar"  # of ustar, GNU and PAX headers, at byte 257
-_MAGIC_AT = 257
-_EXTENDED = b"xXgLK"  # kinds of headers that speak of the member after them
-_SEARCH = 4 << 20
-
-Read = Callable[[int, int], bytes]
-
-
 # Kinds of damage.
 CLAIMS, EXTENDED, NOT_A_FILE = "size beyond the file", "bad extended header", "not a file"
 NOT_A_TAR, UNSAFE_NAME = "not a tar", "unsafe name"
+
+MAGIC = b"ustar"  # of ustar, GNU and PAX headers, at byte 257
+_MAGIC_AT = 257
+_EXTENDED = b"xXgLK"  # kinds of headers that speak of the member after them
+# Bytes read at a time for the next header: it is near as a rule, and thousands may be sought in one shard.
+_FIRST_SEARCH, _SEARCH = 16 << 10, 4 << 20
+
+Read = Callable[[int, int], bytes]
 
 
 class ShardDamage(DataError):
@@ -271,9 +271,10 @@ def next_header(read: Read, begin: int, end: int) -> int | None:
 
     Found by their magic: headers of the format before ustar are not.
     """
-    at = max(0, begin)
+    at, length = max(0, begin), _FIRST_SEARCH
     while at < end:
-        piece = read(at, min(_SEARCH + BLOCK, end - at))
+        piece = read(at, min(length + BLOCK, end - at))
+        length = min(4 * length, _SEARCH)
         found = piece.find(MAGIC)
         while found >= 0:
             header = at + found - _MAGIC_AT

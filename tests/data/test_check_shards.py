@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import json
+import os
 import tarfile
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +24,7 @@ from clipkit.data.checking.repair import repair_set
 from clipkit.data.checking.samples import SampleRules
 from clipkit.data.checking.shard import AGAINST_LISTS, Stated, check_shard
 from clipkit.data.engine import Engine
+from clipkit.data.glyphs import make_scenes
 from clipkit.data.indexing import build_index
 from clipkit.data.scan import scan_shard
 from clipkit.data.shard_records import known
@@ -27,6 +33,7 @@ from clipkit.types import ConfigError, DataError
 from tests.commands import fails
 from tests.data.damages import DAMAGES, SAMPLES, Damage, header_of, key, sample, tar_bytes, write_damaged
 from tests.data.makers import npy, png, stream, take
+from tests.data.servers import serving
 
 RULES = SampleRules()
 PLACES = (0, 4, SAMPLES - 1)
@@ -135,6 +142,41 @@ def test_clean_shards_have_no_finding(folder: Path, tiny_shards: Path, tmp_path:
         _, found = check(place)
         assert not found.kinds, found.first
     assert found.samples == 96
+
+
+def test_drawn_and_real_sets_have_no_finding(tmp_path: Path, real_data: Path) -> None:
+    make_scenes(tmp_path / "scenes", train=60, evaluation=12, size=32, seed=1, workers=1)
+    for name in ("pretrain_products", "pretrain_clipart", "pretrain_emoji_noto"):
+        with zipfile.ZipFile(real_data / name / "images.zip") as archive:
+            table = csv.DictReader(io.StringIO((real_data / name / "pairs.csv").read_text(encoding="utf-8")))
+            rows = list(itertools.islice(table, 0, None, 97))[:60]
+            samples = [
+                Sample(key(n), archive.read(row["filepath"]), Path(row["filepath"]).suffix, (row["caption"],))
+                for n, row in enumerate(rows)
+            ]
+        write_train_shards(samples, tmp_path / name, samples_per_shard=25)
+    sets = [*(tmp_path / "scenes").iterdir(), *(path for path in tmp_path.iterdir() if path.name != "scenes")]
+    for folder in filter(Path.is_dir, sets):
+        shards = find_shards([str(folder)])
+        found = check_set(shards, range(len(shards)), RULES, Engine())
+        assert found.samples
+        assert not found.kinds, found.first
+
+
+def test_remote_shards_are_checked_like_local_ones(tmp_path: Path) -> None:
+    for number, damage in enumerate(DAMAGES[10:13]):
+        write_damaged(tmp_path / f"{number}.tar", damage, 4)
+    _, local = check(tmp_path)
+    with serving(tmp_path) as server:
+        shards = find_shards([f"{server.url}/{{0..3}}.tar?key=hidden-word"])
+        report = tmp_path / "report.jsonl"
+        found = check_set(shards, range(4), RULES, Engine(), report=report, show=10_000)
+    gone = [finding for finding in found.first if finding.shard.startswith(f"{server.url}/3.tar")]
+    assert [finding.kind for finding in gone] == ["unreadable"]
+    assert [(f.kind, f.member, f.byte) for f in found.first if f not in gone] == [
+        (f.kind, f.member, f.byte) for f in local.first
+    ]
+    assert "hidden-word" not in report.read_text()
 
 
 def test_what_lies_beside_the_shards_is_compared(folder: Path) -> None:
@@ -364,6 +406,18 @@ def test_a_set_without_errors_is_read_without_a_reject(tmp_path: Path) -> None:
     assert len(set(batch.ids.tolist())) == done.samples
     (batch,) = take(stream(shards, done.samples, max_reject_fraction=1.0), 0, 1)
     assert {reject.reason for reject in batch.rejects} <= {finding.kind for finding in found.first}
+
+
+def test_what_is_no_shard_is_a_finding_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "link.tar").symlink_to("nowhere")
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    (tmp_path / "good.tar").write_bytes(tar_bytes([sample(0)]))
+    _, found = check(tmp_path, Engine(2))
+    assert {Path(finding.shard).stem: finding.kind for finding in found.first} == dict.fromkeys(
+        ("pipe", "folder", "link", "loop"), "unreadable"
+    )
 
 
 def test_the_command_says_what_is_wrong_and_where(

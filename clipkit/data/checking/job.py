@@ -27,7 +27,6 @@ from clipkit.data.hash_counts import HashCounts, hashes_of
 from clipkit.data.scan import Grouper
 from clipkit.data.shard_records import OnShard, Record, ShardRecords, survey
 from clipkit.data.tar_format import ShardDamage
-from clipkit.data.tar_index import replacing
 from clipkit.redaction import redact
 
 MAX_SHARED_KEYS = 100  # keys of several shards that are named
@@ -101,10 +100,16 @@ def check_set(
         for _ in lines(chosen, whole):
             pass
         return found
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(report) as file:
+    # A fixed name among the records: what a killed check leaves is used or removed by the next.
+    assert records.folder is not None
+    records.folder.mkdir(parents=True, exist_ok=True)
+    temporary = records.folder / "report"
+    with temporary.open("wb") as file:
         for finding in lines(chosen, whole):
             file.write(json.dumps(finding.record(), ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, report)
     records.clear()
     return found
 
@@ -135,12 +140,12 @@ def _checked(
             keys.add(check.keys, number)
             found.counts.append(check.samples)
             kinds = check.error_kinds
-            for numbers, counts in (
+            for numbers, wanted in (
                 (found.damaged, kinds),
                 (found.torn, kinds - AGAINST_LISTS),
                 (found.changed, kinds & {CHANGED}),
             ):
-                if counts:
+                if wanted:
                     numbers.append(number)
             for finding in check.findings:
                 yield count(finding)
@@ -163,8 +168,8 @@ def _check_record(path: str, rules: SampleRules, stated: Stated) -> Record:
 
 def _shared_keys(shards: Sequence[str], keys: HashCounts) -> Iterator[Finding]:
     """Keys in several shards: two samples in training, told apart by their shards."""
-    shared = keys.in_several_groups()
-    named = dict(shared[:MAX_SHARED_KEYS])
+    total, shared = keys.in_several_groups(MAX_SHARED_KEYS)
+    named = dict(shared)
     names: dict[int, tuple[str, int]] = {}
     # The hashes were kept, not the keys: the last shard of each is walked again for its name.
     for number in sorted({groups[-1] for groups in named.values()}):
@@ -182,9 +187,9 @@ def _shared_keys(shards: Sequence[str], keys: HashCounts) -> Iterator[Finding]:
             byte,
             severity=NOTE,
         )
-    if len(shared) > len(named):
+    if total > len(named):
         sampled = f" (of every {1 << keys.level}th key)" if keys.level else ""
-        text = f"{len(shared) - len(named):,} more keys stand in several shards{sampled}"
+        text = f"{total - len(named):,} more keys stand in several shards{sampled}"
         yield Finding(redact(shards[0]), "key in several shards", text, severity=NOTE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from clipkit.data.tar_format import (
     next_header,
     walk,
 )
+from clipkit.types import DataError
 
 # At these the header itself is whole: what stands before it is, too, and the search goes on behind it.
 _WHOLE_HEADER = (CLAIMS, EXTENDED, NOT_A_FILE, UNSAFE_NAME)
@@ -51,12 +53,17 @@ def opened_shard(path: str) -> Iterator[OpenShard]:
         finally:
             source.close()
         return
-    with open(path, "rb") as file:
-        descriptor = file.fileno()
+    # Without waiting: a pipe that nobody writes to would be waited for for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
         status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: not a file", "give the shards themselves")
         yield OpenShard(
             lambda offset, size: os.pread(descriptor, size, offset), status.st_size, status.st_mtime_ns
         )
+    finally:
+        os.close(descriptor)
 
 
 def walk_damaged(
