@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import clipkit.data.checking.repair
 from clipkit.cli import main
 from clipkit.data.checking.beside import find_shards
 from clipkit.data.checking.findings import ERROR
@@ -348,8 +350,31 @@ def test_an_interrupted_repair_continues_to_the_same_bytes(tmp_path: Path) -> No
     assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
     with pytest.raises(ConfigError, match="already holds shards"):
         repair_set(shards, found, RULES, whole, Engine())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "00077.tar").write_bytes(b"")
+    with pytest.raises(ConfigError, match="already holds shards"):
+        repair_set(shards, found, RULES, tmp_path / "other", Engine())
+    assert (tmp_path / "other" / "00077.tar").exists()
     with pytest.raises(ConfigError, match="folder of the shards"):
         repair_set(shards, found, RULES, folder, Engine())
+
+
+def test_a_full_disk_ends_a_repair_and_costs_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    write_damaged(folder / "0.tar", DAMAGES[22], 3)
+    shards, found = check(folder)
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(clipkit.data.checking.repair, "write_copied_shard", full)
+        with pytest.raises(OSError, match="No space"):
+            repair_set(shards, found, RULES, out, Engine())
+    assert repair_set(shards, found, RULES, out, Engine()).samples == SAMPLES - 1
 
 
 @pytest.mark.parametrize("seed", range(4))

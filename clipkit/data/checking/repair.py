@@ -50,6 +50,8 @@ def check_destination(shards: Sequence[str], out: Path) -> None:
         if not is_remote(shard) and Path(shard).absolute().parent in (out.absolute(), _folder(shard, out)):
             raise ConfigError(f"--repair {out} is the folder of the shards", "choose another folder")
         name = str(_target(shard, out))
+        if writable(name) != name:
+            raise ConfigError(f"{shard}: a manifest cannot hold this name", "give the file a name in UTF-8")
         if name in names:
             raise ConfigError(
                 f"{names[name]} and {shard} have the same name", "repair one folder of shards at a time"
@@ -76,8 +78,8 @@ def repair_set(
     rules_of = rules_beside(shards, rules)
     facts = [[_identity(shard), asdict(rule)] for shard, rule in zip(shards, rules_of, strict=True)]
     finished = Finished(out, {"job": "repair 1", "shards": facts, "damaged": check.torn})
-    if not finished.begun and any(_target(shard, out).exists() for shard in shards):
-        raise ConfigError(f"{out} already holds shards of these names", "choose another folder")
+    if not finished.begun and any(any(_folder(shard, out).glob("*.tar")) for shard in shards):
+        raise ConfigError(f"{out} already holds shards", "choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     finished.place("")
     broken = set(check.torn)
@@ -164,10 +166,14 @@ def _repair_shard(shard: str, rules: SampleRules, target: str, damaged: bool, sa
     try:
         with opened_shard(shard) as opened:
             kept = list(salvage.samples(opened))
-            written = write_copied_shard(path, salvage.contents(kept, opened)) if kept else None
     except OUT_OF_REACH as error:
         salvage.drop("", "unreadable", error.cause if isinstance(error, DataError) else str(error), None)
-        written = None
+        kept = []
+    written = None
+    if kept:
+        # Not in the block above: a full disk ends the repair, and is no reason to leave a shard out.
+        with opened_shard(shard) as opened:
+            written = write_copied_shard(path, salvage.contents(kept, opened))
     if written is None and rules.evaluation:
         raise DataError(
             f"{shard}: no sample in it is whole, and the shards of an evaluation set are numbered",
