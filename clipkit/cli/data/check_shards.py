@@ -13,6 +13,7 @@ from clipkit.cli.data.options import (
     EndOption,
     EngineName,
     EngineOption,
+    ShardsArgument,
     StartOption,
     WorkersOption,
     engine_of,
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
     from clipkit.data.engine import Engine
 
 
-ShardsArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SHARDS...", show_default=False, help="Paths, braces, globs, folders or addresses."
-    ),
-]
 _Report = Annotated[Path | None, typer.Option(help="Report of one JSON line per finding.", metavar="FILE")]
 _Repair = Annotated[
     Path | None,

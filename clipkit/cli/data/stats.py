@@ -14,6 +14,7 @@ from clipkit.cli.data.options import (
     EndOption,
     EngineName,
     EngineOption,
+    ShardsArgument,
     StartOption,
     WorkersOption,
     engine_of,
@@ -26,12 +27,6 @@ from clipkit.types import ConfigError
 if TYPE_CHECKING:
     from clipkit.data.describing.shard import Description
 
-_Shards = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SHARDS...", show_default=False, help="Paths, braces, globs, folders or addresses."
-    ),
-]
 _Out = Annotated[
     Path | None, typer.Option(help="Folder for stats.json and the page stats.html.", metavar="DIR")
 ]
@@ -52,7 +47,7 @@ _Context = Annotated[
 
 
 def stats(
-    shards: _Shards,
+    shards: ShardsArgument,
     out: _Out = None,
     caption: _Captions = None,
     model: _Model = None,
