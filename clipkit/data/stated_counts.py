@@ -21,7 +21,15 @@ _ABSENT = (OSError, ValueError, RecursionError, DataError, Transient)
 
 
 def count_warnings(shards: Sequence[str], counts: Sequence[int], storage: Storage) -> Iterator[str]:
-    """Yields a line for every shard whose walked count is not the one that a file beside it states.
+    """Yields a line for every shard whose walked count is not the one that a file beside it states."""
+    for (shard, stated), count in zip(stated_counts(shards, storage), counts, strict=True):
+        for file, number in stated.items():
+            if number != count:
+                yield f"{shard}: {count} samples were found, {file} states {number}"
+
+
+def stated_counts(shards: Sequence[str], storage: Storage) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yields every shard with the counts that files beside it state, by file name.
 
     Read are sizes.json of each folder ({name: samples}) and, of local shards, NAME_stats.json ("successes").
     """

@@ -6,9 +6,11 @@ import sys
 
 import typer
 
+from clipkit.cli.data.check_shards import check_shards
 from clipkit.cli.data.download import download
 from clipkit.cli.data.index import index
 from clipkit.cli.data.make_shards import make_shards
+from clipkit.cli.data.stats import stats
 
 __all__ = ["app", "index", "script"]
 
@@ -18,8 +20,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make, check, describe, reshard and filter shards.",
 )
+app.command("check-shards")(check_shards)
 app.command("download")(download)
 app.command("make-shards")(make_shards)
+app.command("stats")(stats)
 
 
 def script(job: str) -> int:

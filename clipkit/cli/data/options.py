@@ -18,6 +18,12 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
+ShardsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SHARDS...", show_default=False, help="Paths, braces, globs, folders or addresses."
+    ),
+]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes, or Ray tasks at a time.")]
 EngineOption = Annotated[
     EngineName, typer.Option("--engine", help="Processes of this machine, or a Ray cluster (clipkit[ray]).")
