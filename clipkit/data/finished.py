@@ -38,12 +38,22 @@ class Finished:
             return None  # made again: the same bytes
         return record if isinstance(record, dict) else None
 
-    def put(self, name: str, record: Mapping[str, Any]) -> None:
-        """Writes the record of output `name`."""
+    @property
+    def begun(self) -> bool:
+        """Whether this job, by its description, was begun here and is not finished."""
+        return self._own.is_dir()
+
+    def place(self, name: str) -> Path:
+        """Returns where a file that lasts as long as the records may lie; records of other jobs go."""
         if not self._own.is_dir():
             for other in self._all.glob("*"):
                 shutil.rmtree(other)
             self._own.mkdir(parents=True, exist_ok=True)
+        return self._own / name
+
+    def put(self, name: str, record: Mapping[str, Any]) -> None:
+        """Writes the record of output `name`."""
+        self.place(name)
         write_text(self._own / f"{name}.json", json.dumps(record, ensure_ascii=False))
 
     def clear(self) -> None:

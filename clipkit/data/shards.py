@@ -104,6 +104,13 @@ def write_shard(path: Path, samples: Iterable[Sample], progress: Progress | None
     return _write_tar(path, map(_training_members, samples), progress)
 
 
+def write_copied_shard(
+    path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], progress: Progress | None = None
+) -> ShardRecord:
+    """Writes one training shard of (key, members by extension) as they are, and returns its record."""
+    return _write_tar(path, ({"__key__": key, **members} for key, members in samples), progress)
+
+
 def write_train_shards(
     samples: Iterable[Sample], out: Path, *, samples_per_shard: int = 10_000, progress: Progress | None = None
 ) -> list[ShardRecord]:

@@ -6,6 +6,9 @@ import sys
 
 import typer
 
+from clipkit.cli.data.dedup import dedup
+from clipkit.cli.data.filter import filter_shards
+from clipkit.cli.data.hard_captions import hard_captions
 from clipkit.cli.data.index import index
 
 __all__ = ["app", "index", "script"]
@@ -16,6 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make, check, describe, reshard and filter shards.",
 )
+app.command("filter")(filter_shards)
+app.command("dedup")(dedup)
+app.command("hard-captions")(hard_captions)
 
 
 def script(job: str) -> int:
