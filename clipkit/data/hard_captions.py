@@ -320,7 +320,7 @@ def write_hard_captions(
             for entry in known
             if entry is not None
         ]
-        whole = len(found) == len(shards)
+        whole = len(numbers) == len(shards)
         if whole and not dry_run:
             finish_train_shards(out, [written.record for written in found])
             work.clear()
