@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.shards import write_text
+from clipkit.data.tar_index import replacing
 
 FOLDER = ".clipkit-job"
 
@@ -38,13 +38,24 @@ class Finished:
             return None  # made again: the same bytes
         return record if isinstance(record, dict) else None
 
-    def put(self, name: str, record: Mapping[str, Any]) -> None:
-        """Writes the record of output `name`."""
+    @property
+    def begun(self) -> bool:
+        """Whether this job, by its description, was begun here and is not finished."""
+        return self._own.is_dir()
+
+    def place(self, name: str) -> Path:
+        """Returns where a file that lasts as long as the records may lie; records of other jobs go."""
         if not self._own.is_dir():
             for other in self._all.glob("*"):
                 shutil.rmtree(other)
             self._own.mkdir(parents=True, exist_ok=True)
-        write_text(self._own / f"{name}.json", json.dumps(record, ensure_ascii=False))
+        return self._own / name
+
+    def put(self, name: str, record: Mapping[str, Any]) -> None:
+        """Writes the record of output `name`."""
+        # Not under one temporary name: machines that share a job may write the same record.
+        with replacing(self.place(f"{name}.json")) as out:
+            out.write(json.dumps(record, ensure_ascii=False).encode())
 
     def clear(self) -> None:
         """Removes all records, once the job as a whole is finished."""

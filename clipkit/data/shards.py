@@ -104,6 +104,13 @@ def write_shard(path: Path, samples: Iterable[Sample], progress: Progress | None
     return _write_tar(path, map(_training_members, samples), progress)
 
 
+def write_copied_shard(
+    path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], progress: Progress | None = None
+) -> ShardRecord:
+    """Writes one training shard of (key, members by extension) as they are, and returns its record."""
+    return _write_tar(path, ({"__key__": key, **members} for key, members in samples), progress)
+
+
 def write_train_shards(
     samples: Iterable[Sample], out: Path, *, samples_per_shard: int = 10_000, progress: Progress | None = None
 ) -> list[ShardRecord]:
@@ -111,7 +118,7 @@ def write_train_shards(
 
     Returns one record per shard. sizes.json ({name: samples}) is what open_clip reads.
     """
-    _begin(out, "sizes.json", "manifest.json")
+    begin_train_shards(out)
     records = []
     stream = iter(samples)
     for number in itertools.count():
@@ -134,7 +141,7 @@ def write_train_parts(
 
     Each part travels to a process, so it must pickle. Returns one record per shard.
     """
-    _begin(out, "sizes.json", "manifest.json")
+    begin_train_shards(out)
     jobs = [(out / shard_name(number), part) for number, part in enumerate(parts)]
     count = None if progress is None else lambda record: progress(record.samples)
     return finish_train_shards(out, list(Engine(workers).map(_write_part, jobs, count)))
@@ -153,6 +160,11 @@ def finish_train_shards(out: Path, records: Sequence[ShardRecord]) -> list[Shard
     write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     write_text(out / "sizes.json", json.dumps({record.name: record.samples for record in records}) + "\n")
     return list(records)
+
+
+def begin_train_shards(out: Path) -> None:
+    """Makes the folder and removes the summaries of an earlier run, written again when all is there."""
+    _begin(out, "sizes.json", "manifest.json")
 
 
 def refuse_shards(folder: Path) -> None:
@@ -252,7 +264,13 @@ def _write_tar(path: Path, members: Iterable[dict[str, Any]], progress: Progress
     try:
         with temporary.open("wb") as stream:
             with writer_class(
-                stream, encoder=False, mtime=_MTIME, user="clipkit", group="clipkit", mode=0o644
+                stream,
+                encoder=False,
+                mtime=_MTIME,
+                user="clipkit",
+                group="clipkit",
+                mode=0o644,
+                keep_meta=True,  # extensions that begin with _ too: none is dropped
             ) as writer:
                 for sample in members:
                     if sample["__key__"] in seen:

@@ -5,14 +5,17 @@ shards.
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
+import stat
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
 from clipkit.data.shards import Sample, image_extension, normalize_caption, write_text
 from clipkit.redaction import visible
@@ -20,7 +23,9 @@ from clipkit.types import ConfigError, DataError
 
 ARCHIVE = "images.zip"
 TAB_SUFFIXES = (".tsv", ".tab")
-UNREADABLE = (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# Of an image; ValueError: a name with a NUL character or half a surrogate pair.
+UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+UNREADABLE_TABLE = (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,11 @@ class ImageRoot:
         return {"path": self.path, "_handle": None}
 
     def read(self, image: str, size: int = -1) -> bytes:
-        """Returns the first `size` bytes of an image (all by default); OSError, KeyError or BadZipFile."""
+        """Returns the first `size` bytes of an image (all by default); raises one of UNREADABLE."""
         if self.path.is_dir():
+            # Opening a pipe would wait for ever, and a device may have no end.
+            if not stat.S_ISREG(os.stat(self.path / image).st_mode):
+                raise OSError("not a file")
             with open(self.path / image, "rb") as stream:
                 return stream.read(size)
         if self._handle is None or self._handle[0] != os.getpid():
@@ -85,16 +93,28 @@ def find_root(table: Path, given: Path | None, image: str) -> ImageRoot:
     raise ConfigError(f"{given}: neither a folder nor a zip file", "point --images at the images")
 
 
+def open_table(table: Path) -> TextIO:
+    """Returns a table opened as UTF-8 text, unpacked when its name ends in .gz; raises OSError."""
+    if table.suffix.lower() == ".gz":
+        return gzip.open(table, "rt", encoding="utf-8-sig", newline="")
+    return table.open(encoding="utf-8-sig", newline="")
+
+
+def table_suffix(table: Path) -> str:
+    """Returns the lower-case extension of a table, that of what is packed for .gz."""
+    return (table.with_suffix("") if table.suffix.lower() == ".gz" else table).suffix.lower()
+
+
 def _delimiter(table: Path) -> str:
-    return "\t" if table.suffix.lower() in TAB_SUFFIXES else ","
+    return "\t" if table_suffix(table) in TAB_SUFFIXES else ","
 
 
 def read_columns(table: Path) -> list[str]:
     """Returns the names in the first line of a CSV (TSV by its extension); raises DataError."""
     try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
+        with open_table(table) as stream:
             return next(csv.reader(stream, delimiter=_delimiter(table)), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UNREADABLE_TABLE as error:
         raise _unreadable(table, error) from error
 
 
@@ -102,15 +122,15 @@ def _unreadable(table: Path, error: Exception) -> DataError:
     return DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file")
 
 
-def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
-    """Returns the rows of a CSV (TSV by its extension) in order; `columns` must be there.
+def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict[str, str]]:
+    """Yields the rows of a CSV (TSV by its extension, gzip by a further .gz); `columns` must be there.
 
     Raises DataError for an unreadable table, a missing column (with `cure`), a row that does not fit the
     first line, and a table without rows.
     """
-    rows = []
+    empty = True
     try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
+        with open_table(table) as stream:
             reader = csv.DictReader(stream, delimiter=_delimiter(table))
             found = reader.fieldnames or []
             for name in columns:
@@ -124,12 +144,17 @@ def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, 
                         f"{table}: line {reader.line_num} does not have the columns of the first line",
                         "quote fields that contain the delimiter or a line break",
                     )
-                rows.append(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+                empty = False
+                yield row
+    except UNREADABLE_TABLE as error:
         raise _unreadable(table, error) from error
-    if not rows:
+    if empty:
         raise DataError(f"{table}: no rows", "add one row per image or caption")
-    return rows
+
+
+def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
+    """Returns the rows of a table in order; columns and errors as in `stream_rows`."""
+    return list(stream_rows(table, columns, cure))
 
 
 def read_pairs(table: Path, image_key: str, caption_key: str, keep: Sequence[str] = ()) -> list[Pair]:
