@@ -1,24 +1,18 @@
-"""Image-text pairs in a CSV or TSV with their images in a folder or a zip file, checked before they become
-shards.
-"""
+"""Rows of CSV and TSV tables, and the folder or zip file of the images that they name."""
 
 from __future__ import annotations
 
 import csv
 import gzip
-import json
 import os
 import stat
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
-from clipkit.data.shards import Sample, image_extension, normalize_caption, write_text
-from clipkit.redaction import visible
 from clipkit.types import ConfigError, DataError
 
 ARCHIVE = "images.zip"
@@ -26,16 +20,6 @@ TAB_SUFFIXES = (".tsv", ".tab")
 # Of an image; ValueError: a name with a NUL character or half a surrogate pair.
 UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 UNREADABLE_TABLE = (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One row: its number (the first below the header is 0), image path, caption, and kept columns."""
-
-    row: int
-    image: str
-    caption: str
-    fields: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,82 +139,3 @@ def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict
 def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
     """Returns the rows of a table in order; columns and errors as in `stream_rows`."""
     return list(stream_rows(table, columns, cure))
-
-
-def read_pairs(table: Path, image_key: str, caption_key: str, keep: Sequence[str] = ()) -> list[Pair]:
-    """Returns the rows of a table in order, columns `keep` as further fields; raises DataError."""
-    cure = "name the columns with --image-key, --caption-key and --keep"
-    return [
-        Pair(number, row[image_key], normalize_caption(row[caption_key]), {name: row[name] for name in keep})
-        for number, row in enumerate(read_rows(table, (image_key, caption_key, *keep), cure))
-    ]
-
-
-def check_pairs(pairs: Sequence[Pair], root: ImageRoot) -> tuple[list[Pair], list[RowReject]]:
-    """Returns the usable pairs, and the others with the reason.
-
-    Looks at the caption and at the first bytes of every image; a file damaged further on is found when it
-    is decoded.
-    """
-    good, rejects = [], []
-    for pair in pairs:
-        problem = _problem(pair, root)
-        if problem is None:
-            good.append(pair)
-        else:
-            rejects.append(RowReject(pair.row, pair.image, *problem))
-    return good, rejects
-
-
-def _problem(pair: Pair, root: ImageRoot) -> tuple[str, str] | None:
-    if not pair.caption:
-        return "empty caption", ""
-    try:
-        start = root.read(pair.image, 16)
-    except UNREADABLE as error:
-        return "missing image", " ".join(str(error).split())
-    if image_extension(start) is None:
-        return "not an image", f"starts with {start[:8]!r}"
-    return None
-
-
-def pair_part(root: ImageRoot, pairs: Sequence[Pair]) -> Iterator[Sample]:
-    """Yields the samples of `pairs`: image bytes unchanged, extension by content, key = row number."""
-    for pair in pairs:
-        try:
-            content = root.read(pair.image)
-        except UNREADABLE as error:
-            raise DataError(
-                f"{root.path}: {pair.image} cannot be read ({' '.join(str(error).split())})",
-                "repair or replace it, or remove its row",
-            ) from error
-        extension = image_extension(content)
-        if extension is None:
-            raise DataError(
-                f"{root.path}: {pair.image} is no longer an image", "do not change files meanwhile"
-            )
-        yield Sample(f"{pair.row:09d}", content, extension, (pair.caption,), pair.fields)
-
-
-def refuse_too_many(table: Path, rejects: Sequence[RowReject], num_rows: int, max_fraction: float) -> None:
-    """Raises DataError when more than `max_fraction` of the rows are unusable, naming the first."""
-    if len(rejects) > max_fraction * num_rows:
-        first = rejects[0]
-        raise DataError(
-            f"{table}: {len(rejects)} of {num_rows} rows are unusable ({count_reasons(rejects)}); "
-            f"first: row {first.row}, {first.image}: {first.reason} {first.detail}".rstrip(),
-            "check --images and the columns, or allow more with --max-reject-fraction",
-        )
-
-
-def count_reasons(rejects: Sequence[RowReject]) -> str:
-    """Returns the reasons with their counts in one line."""
-    return ", ".join(
-        f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).most_common()
-    )
-
-
-def write_rejects(out: Path, rejects: Sequence[RowReject]) -> None:
-    """Writes out/rejects.jsonl, one line per unusable row; empty when there is none."""
-    lines = [visible(json.dumps(vars(reject), ensure_ascii=False)) + "\n" for reject in rejects]
-    write_text(out / "rejects.jsonl", "".join(lines))

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from clipkit.cli.data.index import index
+from clipkit.cli.data.make_shards import make_shards
 from clipkit.cli.data.reshard import reshard
 
 __all__ = ["app", "index", "script"]
@@ -17,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make, check, describe, reshard and filter shards.",
 )
-
+app.command("make-shards")(make_shards)
 app.command("reshard")(reshard)
 
 

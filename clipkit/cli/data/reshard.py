@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from clipkit.cli.data.options import (
     EngineOption,
     StartOption,
     WorkersOption,
+    byte_count,
     engine_of,
     share,
 )
@@ -24,8 +24,6 @@ from clipkit.types import ConfigError
 
 if TYPE_CHECKING:
     from clipkit.data.reshard import Plan, Reshard, Written
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class Target(StrEnum):
@@ -46,7 +44,7 @@ SamplesOption = Annotated[
     int, typer.Option("--samples-per-shard", min=1, help="Samples of a shard, at most.")
 ]
 BytesOption = Annotated[
-    str | None, typer.Option("--shard-bytes", help="Bytes of a shard, at most: 500M, 1G.", metavar="SIZE")
+    str | None, typer.Option("--shard-bytes", help="Bytes of a shard, at most: 500MB, 1GiB.", metavar="SIZE")
 ]
 SeedOption = Annotated[int, typer.Option("--shuffle-seed", help="Seed of the shuffle over all samples.")]
 ShuffleOption = Annotated[
@@ -134,7 +132,7 @@ def reshard(
         input_shards(shards),
         out,
         samples_per_shard,
-        None if shard_bytes is None else _bytes(shard_bytes),
+        byte_count(shard_bytes),
         shuffle_seed if shuffle else None,
         subset,
         where,
@@ -201,14 +199,6 @@ def _show(written: list[Written]) -> None:
 
 def _counted(counts: dict[str, int]) -> list[str]:
     return [f"{count:,} {name}" for name, count in counts.items() if count]
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-    if count < 1:
-        raise ConfigError(f"--shard-bytes {text!r} is no size", "write 500M or 1G")
-    return count
 
 
 def _shares(text: str) -> tuple[float, ...]:

@@ -19,9 +19,9 @@ from clipkit.data.reshard.job import Reshard, write_job
 from clipkit.data.reshard.plan import PLAN, Plan, make_plan, plan_of, remove_choices
 from clipkit.data.reshard.select import choices_path, choose, fields_stem, subset_stem
 from clipkit.data.reshard.write import write_output
-from clipkit.data.shards import ShardRecord, begin_train_shards, finish_train_shards, refuse_shards
+from clipkit.data.shards import ShardRecord, begin_shards, finish_train_shards, refuse_shards
 from clipkit.data.uid_subset import UidSubset
-from clipkit.types import ConfigError
+from clipkit.types import ClipkitError, ConfigError
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -56,8 +56,14 @@ class Resharding:
     def __enter__(self) -> Resharding:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stack.close()
+        # A full disk, most of the time; a closed pipe is that of the terminal.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise ClipkitError(
+                f"{error.filename or self.job.out}: {error.strerror or error}",
+                "make room or repair the storage, then start the same command again: it continues",
+            ) from error
 
     def begin(self, overwrite: bool = False) -> bool:
         """Makes the output folders; returns False when everything is there already.
@@ -75,7 +81,7 @@ class Resharding:
             return True
         try:
             for folder in self.job.folders:
-                begin_train_shards(folder)
+                begin_shards(folder, "sizes.json", "manifest.json")
         except OSError as error:
             raise ConfigError(
                 f"--out {error.filename} cannot be written ({error.strerror})",
