@@ -211,10 +211,11 @@ def caption(sample: RawSample, field: str, index: int | None = None) -> str:
     if not isinstance(text, str):
         kind = Absent if text is None else Unusable
         raise kind("caption is not text", f"{field} holds {type(text).__name__}")
-    return _checked(text)
+    return checked_caption(text)
 
 
-def _checked(text: str) -> str:
+def checked_caption(text: str) -> str:
+    """Returns a caption without white space around it. Raises Unusable for what cannot be trained on."""
     text = text.removeprefix("\ufeff").strip()
     if not text:
         raise Absent("empty caption", "nothing but white space")

@@ -101,14 +101,14 @@ def write_shard(path: Path, samples: Iterable[Sample], progress: Progress | None
     Returns its record. DataError for a key that tar readers would misread, an empty caption or an empty
     shard.
     """
-    return _write_tar(path, map(_training_members, samples), progress)
+    return write_members(path, map(training_members, samples), progress)
 
 
 def write_copied_shard(
     path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], progress: Progress | None = None
 ) -> ShardRecord:
     """Writes one training shard of (key, members by extension) as they are, and returns its record."""
-    return _write_tar(path, ({"__key__": key, **members} for key, members in samples), progress)
+    return write_members(path, ({"__key__": key, **members} for key, members in samples), progress)
 
 
 def write_train_shards(
@@ -118,7 +118,7 @@ def write_train_shards(
 
     Returns one record per shard. sizes.json ({name: samples}) is what open_clip reads.
     """
-    _begin(out, "sizes.json", "manifest.json")
+    begin_shards(out, "sizes.json", "manifest.json")
     records = []
     stream = iter(samples)
     for number in itertools.count():
@@ -141,19 +141,24 @@ def write_train_parts(
 
     Each part travels to a process, so it must pickle. Returns one record per shard.
     """
-    _begin(out, "sizes.json", "manifest.json")
+    begin_shards(out, "sizes.json", "manifest.json")
     jobs = [(out / shard_name(number), part) for number, part in enumerate(parts)]
     count = None if progress is None else lambda record: progress(record.samples)
     return finish_train_shards(out, list(Engine(workers).map(_write_part, jobs, count)))
 
 
-def finish_train_shards(out: Path, records: Sequence[ShardRecord]) -> list[ShardRecord]:
+def finish_train_shards(
+    out: Path, records: Sequence[ShardRecord], job: Mapping[str, Any] | None = None
+) -> list[ShardRecord]:
     """Writes sizes.json and manifest.json for `records`, removes later shards of an earlier run, returns
     the records.
+
+    job: what made the shards, for the manifest.
     """
     _keep_only(out, records)
     manifest = {
         "format": "clipkit shards 1",
+        **({} if job is None else {"job": job}),
         "samples": sum(record.samples for record in records),
         "shards": [vars(record) for record in records],
     }
@@ -186,12 +191,28 @@ def write_evaluation_set(
     caption per line); `kind` overrides what dataset_type.txt says. Templates use the field {c}.
     """
     folder = out / split
-    _begin(folder, "nshards.txt")
-    stream = _Peekable(_evaluation_members(items, None if classnames is None else len(classnames)))
+    begin_shards(folder, "nshards.txt")
+    num_classes = None if classnames is None else len(classnames)
+    stream = _Peekable(evaluation_members(item, number, num_classes) for number, item in enumerate(items))
     records: list[ShardRecord] = []
     while stream.more():
         path = folder / f"{len(records)}.tar"
-        records.append(_write_tar(path, stream.take(max_samples, max_bytes), progress))
+        records.append(write_members(path, stream.take(max_samples, max_bytes), progress))
+    return finish_evaluation_set(out, records, classnames, templates, kind, split)
+
+
+def finish_evaluation_set(
+    out: Path,
+    records: Sequence[ShardRecord],
+    classnames: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    kind: str | None = None,
+    split: str = "test",
+) -> list[ShardRecord]:
+    """Writes the text files of the layout for shards 0.tar, 1.tar, ... and removes later ones of an earlier
+    run; returns the records. Arguments as in `write_evaluation_set`.
+    """
+    folder = out / split
     _keep_only(folder, records)
     if classnames is not None:
         write_text(out / "classnames.txt", "".join(f"{normalize_caption(name)}\n" for name in classnames))
@@ -201,7 +222,7 @@ def write_evaluation_set(
         out / "dataset_type.txt", f"{kind or ('retrieval' if classnames is None else 'classification')}\n"
     )
     write_text(folder / "nshards.txt", f"{len(records)}\n")
-    return records
+    return list(records)
 
 
 def shard_name(number: int) -> str:
@@ -220,7 +241,7 @@ def _write_part(path: Path, part: Callable[[], Iterable[Sample]]) -> ShardRecord
     return write_shard(path, part())
 
 
-def _begin(folder: Path, *summaries: str) -> None:
+def begin_shards(folder: Path, *summaries: str) -> None:
     """Makes the folder and removes the summaries of an earlier run, written again when all is there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in summaries:
@@ -251,7 +272,13 @@ def _tar_writer() -> Any:
     return importlib.import_module("_clipkit_webdataset.writer").TarWriter
 
 
-def _write_tar(path: Path, members: Iterable[dict[str, Any]], progress: Progress | None) -> ShardRecord:
+def write_members(
+    path: Path, members: Iterable[dict[str, Any]], progress: Progress | None = None
+) -> ShardRecord:
+    """Writes one tar of samples, given as their members by extension with the key as __key__.
+
+    Returns its record. DataError for a key that occurs twice.
+    """
     temporary = path.with_name(path.name + ".tmp")
     writer_class = _tar_writer()
     samples = 0
@@ -259,7 +286,13 @@ def _write_tar(path: Path, members: Iterable[dict[str, Any]], progress: Progress
     try:
         with temporary.open("wb") as stream:
             with writer_class(
-                stream, encoder=False, mtime=_MTIME, user="clipkit", group="clipkit", mode=0o644
+                stream,
+                encoder=False,
+                mtime=_MTIME,
+                user="clipkit",
+                group="clipkit",
+                mode=0o644,
+                keep_meta=True,  # extensions that begin with _ too: none is dropped
             ) as writer:
                 for sample in members:
                     if sample["__key__"] in seen:
@@ -283,7 +316,8 @@ def _write_tar(path: Path, members: Iterable[dict[str, Any]], progress: Progress
     return ShardRecord(path.name, samples, size, digest)
 
 
-def _training_members(sample: Sample) -> dict[str, Any]:
+def training_members(sample: Sample) -> dict[str, Any]:
+    """Returns the members of one training sample by extension, its key as __key__; raises DataError."""
     # Readers cut a member name at its first dot: `a.v1.jpg` would be sample `a` without an image.
     if (
         not sample.key
@@ -310,25 +344,28 @@ def _training_members(sample: Sample) -> dict[str, Any]:
     return members
 
 
-def _evaluation_members(items: Iterable[EvaluationItem], num_classes: int | None) -> Iterator[dict[str, Any]]:
-    for number, item in enumerate(items):
-        extension = normalize_extension(item.extension, EVALUATION_EXTENSIONS)
-        members: dict[str, Any] = {"__key__": f"s{number:07d}", extension: item.image}
-        if num_classes is not None:
-            if item.label is None or not 0 <= item.label < num_classes:
-                raise DataError(
-                    f"evaluation image {number} has label {item.label}, outside 0..{num_classes - 1}",
-                    "check the label column against classnames.txt",
-                )
-            members["cls"] = str(item.label).encode()
-        else:
-            captions = [normalize_caption(caption) for caption in item.captions]
-            if not captions or not all(captions):
-                raise DataError(
-                    f"evaluation image {number} has an empty caption", "remove it or fill in its caption"
-                )
-            members["txt"] = "\n".join(captions).encode()
-        yield members
+def evaluation_members(item: EvaluationItem, number: int, num_classes: int | None) -> dict[str, Any]:
+    """Returns the members of one evaluation image by extension, its key as __key__; raises DataError.
+
+    num_classes: of a classification set; None for a retrieval set.
+    """
+    extension = normalize_extension(item.extension, EVALUATION_EXTENSIONS)
+    members: dict[str, Any] = {"__key__": f"s{number:07d}", extension: item.image}
+    if num_classes is not None:
+        if item.label is None or not 0 <= item.label < num_classes:
+            raise DataError(
+                f"evaluation image {number} has label {item.label}, outside 0..{num_classes - 1}",
+                "check the label column against classnames.txt",
+            )
+        members["cls"] = str(item.label).encode()
+    else:
+        captions = [normalize_caption(caption) for caption in item.captions]
+        if not captions or not all(captions):
+            raise DataError(
+                f"evaluation image {number} has an empty caption", "remove it or fill in its caption"
+            )
+        members["txt"] = "\n".join(captions).encode()
+    return members
 
 
 class _Peekable:

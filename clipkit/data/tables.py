@@ -1,36 +1,25 @@
-"""Image-text pairs in a CSV or TSV with their images in a folder or a zip file, checked before they become
-shards.
-"""
+"""Rows of CSV and TSV tables, and the folder or zip file of the images that they name."""
 
 from __future__ import annotations
 
 import csv
-import json
+import gzip
 import os
+import stat
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
-from clipkit.data.shards import Sample, image_extension, normalize_caption, write_text
-from clipkit.redaction import visible
 from clipkit.types import ConfigError, DataError
 
 ARCHIVE = "images.zip"
 TAB_SUFFIXES = (".tsv", ".tab")
-UNREADABLE = (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One row: its number (the first below the header is 0), image path, caption, and kept columns."""
-
-    row: int
-    image: str
-    caption: str
-    fields: dict[str, str] = field(default_factory=dict)
+# Of an image; ValueError: a name with a NUL character or half a surrogate pair.
+UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+UNREADABLE_TABLE = (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -57,8 +46,11 @@ class ImageRoot:
         return {"path": self.path, "_handle": None}
 
     def read(self, image: str, size: int = -1) -> bytes:
-        """Returns the first `size` bytes of an image (all by default); OSError, KeyError or BadZipFile."""
+        """Returns the first `size` bytes of an image (all by default); raises one of UNREADABLE."""
         if self.path.is_dir():
+            # Opening a pipe would wait for ever, and a device may have no end.
+            if not stat.S_ISREG(os.stat(self.path / image).st_mode):
+                raise OSError("not a file")
             with open(self.path / image, "rb") as stream:
                 return stream.read(size)
         if self._handle is None or self._handle[0] != os.getpid():
@@ -85,16 +77,28 @@ def find_root(table: Path, given: Path | None, image: str) -> ImageRoot:
     raise ConfigError(f"{given}: neither a folder nor a zip file", "point --images at the images")
 
 
+def open_table(table: Path) -> TextIO:
+    """Returns a table opened as UTF-8 text, unpacked when its name ends in .gz; raises OSError."""
+    if table.suffix.lower() == ".gz":
+        return gzip.open(table, "rt", encoding="utf-8-sig", newline="")
+    return table.open(encoding="utf-8-sig", newline="")
+
+
+def table_suffix(table: Path) -> str:
+    """Returns the lower-case extension of a table, that of what is packed for .gz."""
+    return (table.with_suffix("") if table.suffix.lower() == ".gz" else table).suffix.lower()
+
+
 def _delimiter(table: Path) -> str:
-    return "\t" if table.suffix.lower() in TAB_SUFFIXES else ","
+    return "\t" if table_suffix(table) in TAB_SUFFIXES else ","
 
 
 def read_columns(table: Path) -> list[str]:
     """Returns the names in the first line of a CSV (TSV by its extension); raises DataError."""
     try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
+        with open_table(table) as stream:
             return next(csv.reader(stream, delimiter=_delimiter(table)), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UNREADABLE_TABLE as error:
         raise _unreadable(table, error) from error
 
 
@@ -102,15 +106,15 @@ def _unreadable(table: Path, error: Exception) -> DataError:
     return DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file")
 
 
-def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
-    """Returns the rows of a CSV (TSV by its extension) in order; `columns` must be there.
+def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict[str, str]]:
+    """Yields the rows of a CSV (TSV by its extension, gzip by a further .gz); `columns` must be there.
 
     Raises DataError for an unreadable table, a missing column (with `cure`), a row that does not fit the
     first line, and a table without rows.
     """
-    rows = []
+    empty = True
     try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
+        with open_table(table) as stream:
             reader = csv.DictReader(stream, delimiter=_delimiter(table))
             found = reader.fieldnames or []
             for name in columns:
@@ -124,88 +128,14 @@ def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, 
                         f"{table}: line {reader.line_num} does not have the columns of the first line",
                         "quote fields that contain the delimiter or a line break",
                     )
-                rows.append(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+                empty = False
+                yield row
+    except UNREADABLE_TABLE as error:
         raise _unreadable(table, error) from error
-    if not rows:
+    if empty:
         raise DataError(f"{table}: no rows", "add one row per image or caption")
-    return rows
 
 
-def read_pairs(table: Path, image_key: str, caption_key: str, keep: Sequence[str] = ()) -> list[Pair]:
-    """Returns the rows of a table in order, columns `keep` as further fields; raises DataError."""
-    cure = "name the columns with --image-key, --caption-key and --keep"
-    return [
-        Pair(number, row[image_key], normalize_caption(row[caption_key]), {name: row[name] for name in keep})
-        for number, row in enumerate(read_rows(table, (image_key, caption_key, *keep), cure))
-    ]
-
-
-def check_pairs(pairs: Sequence[Pair], root: ImageRoot) -> tuple[list[Pair], list[RowReject]]:
-    """Returns the usable pairs, and the others with the reason.
-
-    Looks at the caption and at the first bytes of every image; a file damaged further on is found when it
-    is decoded.
-    """
-    good, rejects = [], []
-    for pair in pairs:
-        problem = _problem(pair, root)
-        if problem is None:
-            good.append(pair)
-        else:
-            rejects.append(RowReject(pair.row, pair.image, *problem))
-    return good, rejects
-
-
-def _problem(pair: Pair, root: ImageRoot) -> tuple[str, str] | None:
-    if not pair.caption:
-        return "empty caption", ""
-    try:
-        start = root.read(pair.image, 16)
-    except UNREADABLE as error:
-        return "missing image", " ".join(str(error).split())
-    if image_extension(start) is None:
-        return "not an image", f"starts with {start[:8]!r}"
-    return None
-
-
-def pair_part(root: ImageRoot, pairs: Sequence[Pair]) -> Iterator[Sample]:
-    """Yields the samples of `pairs`: image bytes unchanged, extension by content, key = row number."""
-    for pair in pairs:
-        try:
-            content = root.read(pair.image)
-        except UNREADABLE as error:
-            raise DataError(
-                f"{root.path}: {pair.image} cannot be read ({' '.join(str(error).split())})",
-                "repair or replace it, or remove its row",
-            ) from error
-        extension = image_extension(content)
-        if extension is None:
-            raise DataError(
-                f"{root.path}: {pair.image} is no longer an image", "do not change files meanwhile"
-            )
-        yield Sample(f"{pair.row:09d}", content, extension, (pair.caption,), pair.fields)
-
-
-def refuse_too_many(table: Path, rejects: Sequence[RowReject], num_rows: int, max_fraction: float) -> None:
-    """Raises DataError when more than `max_fraction` of the rows are unusable, naming the first."""
-    if len(rejects) > max_fraction * num_rows:
-        first = rejects[0]
-        raise DataError(
-            f"{table}: {len(rejects)} of {num_rows} rows are unusable ({count_reasons(rejects)}); "
-            f"first: row {first.row}, {first.image}: {first.reason} {first.detail}".rstrip(),
-            "check --images and the columns, or allow more with --max-reject-fraction",
-        )
-
-
-def count_reasons(rejects: Sequence[RowReject]) -> str:
-    """Returns the reasons with their counts in one line."""
-    return ", ".join(
-        f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).most_common()
-    )
-
-
-def write_rejects(out: Path, rejects: Sequence[RowReject]) -> None:
-    """Writes out/rejects.jsonl, one line per unusable row; empty when there is none."""
-    lines = [visible(json.dumps(vars(reject), ensure_ascii=False)) + "\n" for reject in rejects]
-    write_text(out / "rejects.jsonl", "".join(lines))
+def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
+    """Returns the rows of a table in order; columns and errors as in `stream_rows`."""
+    return list(stream_rows(table, columns, cure))

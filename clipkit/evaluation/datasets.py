@@ -17,7 +17,6 @@ from clipkit.evaluation.sets import ClassificationSet, RetrievalSet
 from clipkit.types import ConfigError
 
 DEFAULT_SPLIT = "test"
-IDX_IMAGES = ("images-idx3-ubyte.gz", "images-idx3-ubyte")
 
 
 def _existing(data: str | Path) -> Path:
@@ -59,6 +58,16 @@ def _read_image_folder(path: Path, split: str) -> ClassificationSet:
     return folders.read_image_folder(path, split)
 
 
+def _read_idx(path: Path, split: str) -> ClassificationSet:
+    found = folders.find_idx(path)
+    if list(found) == [""]:
+        _without_splits(path, split)
+        return folders.read_idx_pair(*found[""])
+    if split not in found:
+        raise ConfigError(f"{path}: no split {split!r} (found: {', '.join(found)})", "pass --split")
+    return folders.read_idx_pair(*found[split])
+
+
 def open_classification(data: str | Path, split: str = DEFAULT_SPLIT) -> ClassificationSet:
     """Returns the labelled images of `data`, in the order of their table, shards or sorted folders.
 
@@ -76,9 +85,8 @@ def open_classification(data: str | Path, split: str = DEFAULT_SPLIT) -> Classif
             return tables.read_labels(path / "labels.csv")
         if shards.is_benchmark(path, split):
             return shards.read_classification(path, split)
-        if any((path / name).is_file() for name in IDX_IMAGES):
-            _without_splits(path, split)
-            return folders.read_idx_folder(path)
+        if any(folders.IDX_NAME.search(entry.name) for entry in path.iterdir()):
+            return _read_idx(path, split)
         if (path / "captions.csv").is_file():
             raise ConfigError(f"{path}: holds captions, not labels", f"run: clipkit retrieval MODEL {path}")
         if folders.class_folders(path):

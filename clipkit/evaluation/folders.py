@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,9 @@ from clipkit.types import DataError
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".jp2", ".jfif")
 
 
+# An idx file of images; what stands before it may name the split.
+IDX_NAME = re.compile(r"images([-.])idx3-ubyte(?:\.gz)?$")
+IDX_SPLITS = {"t10k": "test", "test": "test", "train": "train"}
 # Names that folders of a layout with splits have, and classes do not.
 SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -133,17 +137,42 @@ def read_captioned_folder(root: Path) -> RetrievalSet:
     return retrieval_set(root.absolute().name, "imagefolder", str(root), FileImages(files), trimmed, None)
 
 
-def read_idx_folder(root: Path) -> ClassificationSet:
-    """Returns the set of images-idx3-ubyte(.gz), labels-idx1-ubyte(.gz) and classnames.txt."""
-    images_file, labels_file = (
-        next((root / f"{stem}{end}" for end in (".gz", "") if (root / f"{stem}{end}").is_file()), None)
-        for stem in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    )
-    if images_file is None or labels_file is None:
-        raise DataError(
-            f"{root}: needs both images-idx3-ubyte and labels-idx1-ubyte",
-            "add the missing file",
+def find_idx(given: Path) -> dict[str, tuple[Path, Path]]:
+    """Returns split -> (images, labels) of the idx files in a folder, or of one file of images.
+
+    The split is told by the name (train-images-idx3-ubyte.gz, t10k-images-idx3-ubyte), "" where it tells
+    none. DataError where the labels are missing or two files claim one split.
+    """
+    files = sorted(given.iterdir()) if given.is_dir() else [given]
+    found: dict[str, tuple[Path, Path]] = {}
+    for file in files:
+        match = IDX_NAME.search(file.name)
+        if match is None:
+            continue
+        prefix = file.name[: match.start()]
+        stem = f"{prefix}labels{match[1]}idx1-ubyte"
+        labels = next(
+            (file.parent / f"{stem}{end}" for end in (".gz", "") if (file.parent / f"{stem}{end}").is_file()),
+            None,
         )
+        if labels is None:
+            raise DataError(f"{given}: needs both {file.name} and {stem}", "add the missing file")
+        split = next((name for word, name in IDX_SPLITS.items() if word in prefix.lower()), "")
+        if split not in found:
+            found[split] = file, labels
+        elif found[split][1] != labels:
+            raise DataError(
+                f"{given}: {found[split][0].name} and {file.name} are one split",
+                "give the file of images itself",
+            )
+    if not found:
+        raise DataError(f"{given}: no file images-idx3-ubyte", "give the folder of the idx files")
+    return found
+
+
+def read_idx_pair(images_file: Path, labels_file: Path) -> ClassificationSet:
+    """Returns the set of an idx file of images, one of labels, and classnames.txt beside them."""
+    root = images_file.parent
     pixels, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
     if len(pixels) != len(labels):
         raise DataError(

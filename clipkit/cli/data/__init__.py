@@ -10,6 +10,8 @@ from clipkit.cli.data.dedup import dedup
 from clipkit.cli.data.filter import filter_shards
 from clipkit.cli.data.hard_captions import hard_captions
 from clipkit.cli.data.index import index
+from clipkit.cli.data.make_shards import make_shards
+from clipkit.cli.data.reshard import reshard
 
 __all__ = ["app", "index", "script"]
 
@@ -22,6 +24,8 @@ app = typer.Typer(
 app.command("filter")(filter_shards)
 app.command("dedup")(dedup)
 app.command("hard-captions")(hard_captions)
+app.command("make-shards")(make_shards)
+app.command("reshard")(reshard)
 
 
 def script(job: str) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.data.key_table import text_hash
 from clipkit.data.text_edits import stands_alone
 from clipkit.types import ConfigError, DataError
 
@@ -125,12 +126,6 @@ def word_tokens(text: str) -> list[str]:
 _ASCII_WORD = re.compile("[a-z0-9]+")
 
 
-def hash64(text: str) -> int:
-    """Returns 64 bits of a text's hash, the same everywhere."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def keep_probabilities(counts: NDArray[np.int64], t: float) -> NDArray[np.float64]:
     """Returns the probability of every entry, t / max(count, t): float64 like `counts`."""
     return t / np.maximum(counts, t)
@@ -178,4 +173,4 @@ def kept_rows(
 
 def entry_hashes(names: Sequence[str]) -> NDArray[np.uint64]:
     """Returns the hashes of the entries, uint64."""
-    return np.array([hash64(name) for name in names], dtype=np.uint64)
+    return np.array([text_hash(name) for name in names], dtype=np.uint64)

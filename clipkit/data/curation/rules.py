@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.curation.balancing import Entries, hash64
+from clipkit.data.curation.balancing import Entries
 from clipkit.data.curation.survey import Rows, read_samples, rows_of
+from clipkit.data.key_table import text_hash
 from clipkit.data.sample import (
     Absent,
     RawSample,
@@ -211,7 +212,7 @@ def examine(shard: str, plan: Plan) -> dict[str, Rows]:
         scores.append(score)
         uids.append(uid)
         if plan.entries is not None:
-            draws.append(hash64(sample.key))
+            draws.append(text_hash(sample.key))
             counts.append(len(matched))
             found.append(matched)
     columns: dict[str, NDArray[Any]] = {

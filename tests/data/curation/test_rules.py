@@ -19,12 +19,12 @@ from clipkit.data.curation.balancing import (
     Entries,
     drawn,
     entry_hashes,
-    hash64,
     keep_probabilities,
     kept_rows,
 )
 from clipkit.data.curation.rules import DATACOMP, Basic, Plan, examine
 from clipkit.data.curation.thresholds import top_threshold
+from clipkit.data.key_table import text_hash
 from clipkit.types import ConfigError, DataError
 from tests.data.makers import Members, encoded, png, write_tar
 
@@ -228,7 +228,7 @@ def published_probabilities(counts: list[int], t: float) -> list[float]:
 def test_probabilities_and_keep_rates_are_the_published_ones() -> None:
     counts = [0, 1, 19_999, 20_000, 20_001, 200_000, 10**9]
     assert keep_probabilities(np.array(counts), 20_000).tolist() == published_probabilities(counts, 20_000)
-    keys = np.array([hash64(f"{n:09d}") for n in range(60_000)], dtype=np.uint64)
+    keys = np.array([text_hash(f"{n:09d}") for n in range(60_000)], dtype=np.uint64)
     hashes = entry_hashes(["dog", "cat", "rare"])
     p = np.array([0.1, 0.1, 1.0])
 
@@ -247,7 +247,7 @@ def test_probabilities_and_keep_rates_are_the_published_ones() -> None:
 
 
 def test_draws_depend_on_seed_key_and_entry_alone() -> None:
-    keys = np.array([hash64(str(n)) for n in range(2000)], dtype=np.uint64)
+    keys = np.array([text_hash(str(n)) for n in range(2000)], dtype=np.uint64)
     dog, cat = entry_hashes(["dog", "cat"])
     half = np.full(len(keys), 0.5)
 

@@ -1,0 +1,208 @@
+"""Tables with a row per image or caption: CSV and TSV, packed by gzip or not, and Parquet."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from clipkit.data.making.collection import Entry, Found, Images, Reading
+from clipkit.data.tables import TAB_SUFFIXES, find_root, read_columns, stream_rows, table_suffix
+from clipkit.types import ConfigError, DataError
+
+TABLE_SUFFIXES = (".csv", *TAB_SUFFIXES, ".parquet", ".pq")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+# Names that others give to these columns, the most telling first.
+IMAGE_COLUMNS = ("filepath", "file_name", "filename", "image_path", "image", "path", "file", "img", "jpg")
+CAPTION_COLUMNS = ("caption", "captions", "title", "text", "description", "txt", "sentence", "prompt")
+DEFAULT_TEMPLATES = ("a photo of a {c}",)
+_CURE = "name the columns with --image-key, --caption-key and --keep"
+
+
+def read_table(table: Path, reading: Reading) -> Found:
+    """Returns the rows of a table. ConfigError or DataError for columns that are not there."""
+    if table.suffix.lower() in PARQUET_SUFFIXES:
+        return _read_parquet(table, reading)
+    columns = read_columns(table)
+    image, captions = choose_columns(str(table), columns, reading)
+
+    def entries() -> Iterator[Entry]:
+        rows = stream_rows(table, (image, *captions, *reading.keep), _CURE)
+        for number, row in enumerate(rows):
+            fields = {name: row[name] for name in reading.keep}
+            yield checked(Entry(number, row[image], tuple(row[name] for name in captions), None, fields))
+
+    return Found(
+        kind="tsv" if table_suffix(table) in TAB_SUFFIXES else "csv",
+        images=table_images(table, reading.images, entries),
+        entries=entries,
+        fields=tuple(columns),
+        used=columns_used(image, captions),
+    )
+
+
+def columns_used(image: str, captions: Sequence[str]) -> str:
+    """Returns what was taken for what, in words."""
+    return f"images in column {image}, captions in {', '.join(captions)}"
+
+
+def choose_columns(source: str, columns: Sequence[str], reading: Reading) -> tuple[str, tuple[str, ...]]:
+    """Returns the column of images and those of captions: the ones asked for, else the first known name."""
+    for name in (*([reading.image_key] if reading.image_key else []), *reading.captions, *reading.keep):
+        if name not in columns:
+            found = ", ".join(columns) or "nothing"
+            raise DataError(f"{source}: no column '{name}' (found: {found})", _CURE)
+    image = reading.image_key or next((name for name in IMAGE_COLUMNS if name in columns), None)
+    captions = reading.captions or tuple(name for name in CAPTION_COLUMNS if name in columns)[:1]
+    if image is None or not captions:
+        what = "images" if image is None else "captions"
+        found = ", ".join(columns) or "nothing"
+        raise DataError(f"{source}: no column of {what} is known by its name (found: {found})", _CURE)
+    return image, captions
+
+
+def table_images(table: Path, given: Path | None, entries: Callable[[], Iterable[Entry]]) -> Images:
+    """Returns where the images of a table lie."""
+    first = next(iter(entries()), None)
+    return find_root(table, given, "" if first is None else first.image)
+
+
+def checked(entry: Entry) -> Entry:
+    """Returns the entry, with its problem when its image has no name or one that leads out of the root.
+
+    An absolute name is taken as it is: whoever writes one means it.
+    """
+    if entry.problem is None:
+        if not entry.image.strip():
+            return entry._replace(problem=("missing image", "the row names none"))
+        depth = 0
+        for part in PurePosixPath(entry.image.replace("\\", "/")).parts:
+            depth += {"..": -1, ".": 0}.get(part, 1)
+            if depth < 0:
+                return entry._replace(
+                    problem=("outside the image folder", "give the folder above as --images")
+                )
+    return entry
+
+
+def with_templates(entry: Entry, label: Any, names: Sequence[str], templates: Sequence[str] | None) -> Entry:
+    """Returns the entry with its class, and the captions that templates make of its name."""
+    if not isinstance(label, int) or not 0 <= label < len(names):
+        return entry._replace(problem=("no such class", f"label {label!r} of {len(names)} classes"))
+    texts = tuple(
+        template.replace("{c}", names[label]).replace("{}", names[label])
+        for template in templates or DEFAULT_TEMPLATES
+    )
+    return entry._replace(label=label, captions=texts)
+
+
+def jsonable(value: Any) -> Any:
+    """Returns a value of a column as JSON keeps it: numbers stay numbers, what is no number becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        raise ConfigError("a column of bytes cannot be kept in JSON", "leave it out of --keep")
+    return str(value)
+
+
+def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
+    """Returns the captions in cells that hold one, several in a list, or none."""
+    texts: list[str] = []
+    for value in values:
+        texts += (
+            caption_texts(value) if isinstance(value, list | tuple) else [] if value is None else [str(value)]
+        )
+    return tuple(texts)
+
+
+def _pyarrow() -> Any:
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ConfigError("Parquet needs the package pyarrow", "install clipkit[data]") from error
+
+
+def _read_parquet(table: Path, reading: Reading) -> Found:
+    parquet = _pyarrow()
+    try:
+        with parquet.ParquetFile(table) as file:
+            schema = file.schema_arrow
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise _damaged(table, error) from error
+    image, captions = choose_columns(str(table), schema.names, reading)
+    kind = schema.field(image).type
+    inside = str(kind) in ("binary", "large_binary") or str(kind).startswith("struct<")
+    columns = [*dict.fromkeys((*([] if inside else [image]), *captions, *reading.keep))]
+
+    def entries() -> Iterator[Entry]:
+        for number, row in enumerate(_parquet_rows(table, columns)):
+            name = str(number) if inside else str(row[image] or "")
+            fields = {key: jsonable(row[key]) for key in reading.keep}
+            entry = Entry(number, name, caption_texts(row[key] for key in captions), None, fields)
+            yield entry if inside else checked(entry)
+
+    images = ParquetImages(table, image) if inside else table_images(table, reading.images, entries)
+    return Found("parquet", images, entries, tuple(schema.names), columns_used(image, captions))
+
+
+def _parquet_rows(table: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        with _pyarrow().ParquetFile(table) as file:
+            for batch in file.iter_batches(1024, columns=columns):
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise _damaged(table, error) from error
+
+
+def _damaged(table: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{table}: cannot be read ({' '.join(str(error).split())[:200]})", "write the table again"
+    )
+
+
+@dataclass
+class ParquetImages:
+    """Images inside a Parquet column, as bytes or as struct<bytes, path>; an image is known by its row.
+
+    One row group is held at a time: rows of a part follow each other.
+    """
+
+    table: Path
+    column: str
+    _group: tuple[int, list[Any]] | None = field(default=None, init=False, repr=False)
+    _starts: list[int] = field(default_factory=list, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"table": self.table, "column": self.column, "_group": None, "_starts": []}
+
+    def read(self, image: str, size: int = -1) -> bytes:
+        """Returns the first `size` bytes of an image (all by default); OSError or ValueError."""
+        row = int(image)
+        if self._group is None or not 0 <= row - self._group[0] < len(self._group[1]):
+            self._group = self._load(row)
+        value = self._group[1][row - self._group[0]]
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            raise ValueError("the cell holds no bytes")
+        return content if size < 0 else content[:size]
+
+    def _load(self, row: int) -> tuple[int, list[Any]]:
+        with _pyarrow().ParquetFile(self.table) as file:
+            if not self._starts:
+                counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+                self._starts = list(itertools.accumulate(counts, initial=0))
+            group = max(n for n, start in enumerate(self._starts[:-1]) if start <= row)
+            return self._starts[group], file.read_row_group(group, [self.column]).column(0).to_pylist()

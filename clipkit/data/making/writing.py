@@ -1,0 +1,381 @@
+"""A collection becomes shards: a plan of row ranges, one part per shard, and what describes the whole.
+
+The plan is a function of the input and the options alone, and so are the bytes; the engine, its workers, a
+kill and the share that a machine takes change nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.data.engine import Engine
+from clipkit.data.finished import FOLDER, Finished
+from clipkit.data.indexing import RECORDS, Indexing, write_record
+from clipkit.data.making.collection import Collection, Entry, Images
+from clipkit.data.making.images import UNCHANGED, ImageRules
+from clipkit.data.making.samples import Layout, Tally, usable
+from clipkit.data.scan import scan_shard
+from clipkit.data.shards import (
+    Progress,
+    ShardRecord,
+    begin_shards,
+    finish_evaluation_set,
+    finish_train_shards,
+    refuse_shards,
+    shard_name,
+    write_members,
+)
+from clipkit.data.tables import RowReject
+from clipkit.redaction import visible
+from clipkit.types import ClipkitError, ConfigError, DataError
+
+_SURVEY_BLOCK = 1000
+_TAR_BLOCK = 512
+_BEGUN, _PLAN = "begun", "plan"
+
+
+@dataclass(frozen=True)
+class Making:
+    """What shards are made of. Both limits hold when both are given.
+
+    samples_per_shard    at most so many samples
+    shard_bytes          at most so many bytes in a shard of more than one sample; needs a look at every image
+    rules                what becomes of the images
+    max_reject_fraction  more unusable rows than this are an error
+    """
+
+    samples_per_shard: int = 10_000
+    shard_bytes: int | None = None
+    rules: ImageRules = UNCHANGED
+    max_reject_fraction: float = 0.01
+
+
+@dataclass
+class Made:
+    """What a job found and wrote."""
+
+    records: list[ShardRecord] = field(default_factory=list)
+    rejects: Counter[str] = field(default_factory=Counter)
+    first: RowReject | None = None
+    rows: int = 0
+    rotated: int = 0
+    encoded: int = 0
+    resumed: int = 0
+
+    def add(self, outcome: dict[str, Any]) -> None:
+        """Takes in the outcome of one part."""
+        if outcome["record"] is not None:
+            self.records.append(ShardRecord(**outcome["record"]))
+        for reject in outcome["rejects"]:
+            self.first = self.first or RowReject(**reject)
+            self.rejects[reject["reason"]] += 1
+        self.rows += outcome["rows"]
+        self.rotated += outcome["rotated"]
+        self.encoded += outcome["encoded"]
+
+    @property
+    def usable(self) -> int:
+        """Rows that are samples."""
+        return self.rows - self.rejects.total()
+
+    def refuse_too_many(self, source: str, rows: int, max_fraction: float) -> None:
+        """Raises DataError when more than `max_fraction` of `rows` are unusable, naming the first."""
+        if self.first is not None and self.rejects.total() > max_fraction * rows:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejects.most_common())
+            first = (
+                f"row {self.first.row}, {self.first.image}: {self.first.reason} {self.first.detail}".rstrip()
+            )
+            raise DataError(
+                f"{source}: {self.rejects.total():,} of the first {self.rows:,} rows are unusable "
+                f"({reasons}); first: {first}",
+                "check --images and the columns, or allow more with --max-reject-fraction",
+            )
+
+
+class MakeJob:
+    """The making of one set of shards in `out`: training shards, or the CLIP_benchmark layout.
+
+    classnames, templates: of an evaluation set with labels.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        out: Path,
+        making: Making,
+        layout: Layout,
+        templates: Sequence[str] | None = None,
+    ) -> None:
+        self.collection, self.out, self.making, self.layout = collection, out, making, layout
+        self.templates = templates
+        self.folder = out if layout.train else out / "test"
+        self.job = {
+            "source": Path(collection.source).name,
+            "kind": collection.kind,
+            "rows": len(collection),
+            "entries": collection.listing.digest,
+            "layout": vars(layout) if not layout.train else "train",
+            "samples_per_shard": making.samples_per_shard,
+            "shard_bytes": making.shard_bytes,
+            "images": making.rules.description(),
+            "clipkit": importlib.metadata.version("clipkit"),
+        }
+        self.finished = Finished(self.folder, {**self.job, "at": _place(collection.images)})
+        self._bounds: list[int] | None = None
+
+    def begin(self, overwrite: bool) -> None:
+        """Makes the folder, or continues there; ConfigError when it holds shards of something else."""
+        try:
+            if self.finished.get(_BEGUN) is None:
+                if not overwrite:
+                    refuse_shards(self.folder)
+                begin_shards(self.folder)
+                self.finished.put(_BEGUN, {})
+            begin_shards(self.folder, "sizes.json", "manifest.json", "nshards.txt")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot be written ({error.strerror})",
+                "choose a folder that you may write to",
+            ) from error
+
+    def bounds(self, engine: Engine, progress: Progress | None = None) -> list[int]:
+        """Returns the entry that each shard begins with, and the end."""
+        if self._bounds is None:
+            total, step = len(self.collection), self.making.samples_per_shard
+            if self.making.shard_bytes is None:
+                self._bounds = [*range(0, total, step), total]
+            else:
+                known = self.finished.get(_PLAN)
+                self._bounds = self._by_bytes(engine, progress) if known is None else known["bounds"]
+                if self.finished.get(_BEGUN) is not None:
+                    self.finished.put(_PLAN, {"bounds": self._bounds})
+        return self._bounds
+
+    def _by_bytes(self, engine: Engine, progress: Progress | None) -> list[int]:
+        limit = self.making.shard_bytes
+        assert limit is not None
+        limit -= 2 * _TAR_BLOCK  # the end of the archive
+        bounds, samples, used, number = [0], 0, 0, 0
+        for sizes, _ in self._survey(engine, progress, sizes=True):
+            for size in sizes.tolist():
+                if samples and size and (used + size > limit or samples == self.making.samples_per_shard):
+                    bounds.append(number)
+                    samples = used = 0
+                samples += size > 0
+                used += size
+                number += 1
+        return [*bounds, number]
+
+    def _survey(
+        self, engine: Engine, progress: Progress | None, sizes: bool
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        parts = (
+            (
+                self.layout,
+                self.collection.images,
+                self.making.rules if sizes else UNCHANGED,
+                start,
+                entries,
+            )
+            for start in range(0, len(self.collection), _SURVEY_BLOCK)
+            for entries in [self.collection.part(start, start + _SURVEY_BLOCK)]
+        )
+        count = None if progress is None else lambda found: progress(len(found[0]))
+        return engine.map(_survey_part, parts, count)
+
+    def survey(self, engine: Engine, progress: Progress | None = None) -> Made:
+        """Returns what would be made: all captions and headers of images are read, nothing is written."""
+        found = Made()
+        for _, outcome in self._survey(engine, progress, sizes=False):
+            found.add(outcome)
+        return found
+
+    def run(self, engine: Engine, progress: Progress | None = None, numbers: range | None = None) -> Made:
+        """Makes the shards that are not made yet, and what describes the set; returns what was found.
+
+        numbers: make only these shards, and leave the description to a run without them. Raises DataError
+        for too many rejects, after removing what was written.
+        """
+        bounds = self.bounds(engine, progress)
+        wanted = range(len(bounds) - 1) if numbers is None else numbers
+        made = Made()
+        rows = bounds[wanted.stop] - bounds[wanted.start]
+        try:
+            for outcome in self._outcomes(engine, wanted, bounds, made):
+                made.add(outcome)
+                if progress is not None:
+                    progress(outcome["rows"])
+                made.refuse_too_many(self.collection.source, rows, self.making.max_reject_fraction)
+            if numbers is None:
+                self._finish(made, engine)
+        except DataError:
+            self._withdraw(wanted)
+            raise
+        except OSError as error:
+            raise ClipkitError(
+                f"{error.filename or self.folder}: {error.strerror or error}",
+                "make room or repair the storage, then start the same command again: it continues",
+            ) from error
+        return made
+
+    def _outcomes(
+        self, engine: Engine, wanted: range, bounds: list[int], made: Made
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the outcome of every wanted shard in order: from its record, or made now."""
+        known = {number: self._known(number) for number in wanted}
+        pending = [number for number, outcome in known.items() if outcome is None]
+        made.resumed = len(wanted) - len(pending)
+        if self.layout.train:
+            (self.folder / RECORDS).mkdir(exist_ok=True)
+        parts = (
+            (
+                self.folder / self._name(number),
+                self.layout,
+                self.collection.images,
+                self.making.rules,
+                bounds[number],
+                self.collection.part(bounds[number], bounds[number + 1]),
+            )
+            for number in pending
+        )
+        fresh = engine.map(_make_part, parts)
+        for number in wanted:
+            outcome = known.pop(number)
+            if outcome is None:
+                outcome = next(fresh)
+                self.finished.put(f"{number:05d}", outcome)
+            yield outcome
+
+    def _known(self, number: int) -> dict[str, Any] | None:
+        outcome = self.finished.get(f"{number:05d}")
+        if outcome is None or outcome["record"] is None:
+            return outcome
+        path = self.folder / self._name(number)
+        whole = path.is_file() and path.stat().st_size == outcome["record"]["bytes"]
+        return outcome if whole else None
+
+    def _name(self, number: int) -> str:
+        return shard_name(number) if self.layout.train else f"{number}.tar"
+
+    def _finish(self, made: Made, engine: Engine) -> None:
+        for left in self.folder.glob("*.tar.tmp"):
+            left.unlink()
+        self._write_rejects(len(self._bounds or ()) - 1)
+        if self.layout.train:
+            finish_train_shards(self.out, made.records, self.job)
+            paths = [os.path.abspath(self.folder / record.name) for record in made.records]
+            Indexing(paths).finish(engine.workers if engine.kind == "processes" else 1)
+        else:
+            names = self.collection.classnames if self.layout.num_classes is not None else None
+            finish_evaluation_set(self.out, made.records, names, self.templates)
+        self.finished.clear()
+
+    def _write_rejects(self, shards: int) -> None:
+        """Writes rejects.jsonl, one line per unusable row; empty when there is none."""
+        temporary = self.out / "rejects.jsonl.tmp"
+        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+            for number in range(shards):
+                for reject in (self.finished.get(f"{number:05d}") or {"rejects": ()})["rejects"]:
+                    stream.write(visible(json.dumps(reject, ensure_ascii=False)) + "\n")
+        os.replace(temporary, self.out / "rejects.jsonl")
+
+    def _withdraw(self, wanted: Iterable[int]) -> None:
+        for number in wanted:
+            for name in (self._name(number), f"{self._name(number)}.tmp"):
+                (self.folder / name).unlink(missing_ok=True)
+        self.finished.clear()
+        shutil.rmtree(self.folder / RECORDS, ignore_errors=True)
+        for folder in dict.fromkeys((self.folder, self.out)):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _place(images: Images) -> str:
+    path = getattr(images, "path", None)
+    return "" if path is None else os.path.abspath(path)
+
+
+def _make_part(
+    path: Path, layout: Layout, images: Images, rules: ImageRules, first: int, entries: list[Entry]
+) -> dict[str, Any]:
+    """Writes one shard and returns what became of its entries; no shard without a usable one."""
+    tally = Tally()
+    members = usable(entries, first, layout, images, rules, tally)
+    begin = next(members, None)
+    record = None
+    if begin is not None:
+        record = write_members(path, itertools.chain([begin], members))
+        if layout.train:
+            # Training finds the index of the set without another walk.
+            shard = os.path.abspath(path)
+            write_record(path.parent / RECORDS, shard, scan_shard(shard))
+    return {**tally.outcome(len(entries)), "record": None if record is None else vars(record)}
+
+
+def _survey_part(
+    layout: Layout, images: Images, rules: ImageRules, first: int, entries: list[Entry]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns what each entry takes up in a tar (0: nothing, it is refused), and what became of them."""
+    tally = Tally()
+    sizes = np.zeros(len(entries), dtype=np.int64)
+    for number, entry in enumerate(entries):
+        for members in usable([entry], first + number, layout, images, rules, tally):
+            contents = [value for name, value in members.items() if name != "__key__"]
+            sizes[number] = sum(_TAR_BLOCK * (1 - -len(value) // _TAR_BLOCK) for value in contents)
+    return sizes, {**tally.outcome(len(entries)), "record": None}
+
+
+def make_shards(
+    collection: Collection,
+    out: Path,
+    making: Making | None = None,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
+) -> list[ShardRecord]:
+    """Writes a collection as training shards with sizes.json, manifest.json, rejects.jsonl and the index.
+
+    Returns one record per shard. A run that was killed continues after its finished shards. ConfigError when
+    `out` holds other shards, DataError for too many unusable rows.
+    """
+    job = MakeJob(collection, out, making or Making(), Layout())
+    job.begin(overwrite)
+    return job.run(engine or Engine(), progress).records
+
+
+def make_evaluation_set(
+    collection: Collection,
+    out: Path,
+    making: Making | None = None,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+    *,
+    templates: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> list[ShardRecord]:
+    """Writes a collection in CLIP_benchmark layout: by its labels where it has some, else by its captions.
+
+    templates: of the zero-shot prompts, with {c}. Otherwise as `make_shards`.
+    """
+    names = collection.classnames
+    layout = Layout(train=False, num_classes=None if names is None else len(names))
+    job = MakeJob(collection, out, making or Making(max_reject_fraction=0.0), layout, templates)
+    job.begin(overwrite)
+    return job.run(engine or Engine(), progress).records
+
+
+def folder_of_records(out: Path) -> Path:
+    """Returns where an unfinished job in `out` keeps its records."""
+    return out / FOLDER
