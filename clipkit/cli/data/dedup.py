@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +33,7 @@ from clipkit.cli.data.options import (
     StartOption,
     WorkersOption,
     engine_of,
+    share,
 )
 from clipkit.cli.evaluating import Precision
 from clipkit.cli.output import StageProgress, say
@@ -133,8 +134,11 @@ def dedup(
     def model() -> Scorer:
         return scorer(embeddings or "", caption, batch_size, device, precision, parts)
 
+    def numbers_of(total: int) -> range:
+        return share(start, end, total, "shards")
+
     sets = against or []
-    _run(job, shards, parts, model, (sets, split), (start, end), overwrite, dry_run)
+    _run(job, shards, parts, model, (sets, split), numbers_of, overwrite, dry_run)
 
 
 def _job(
@@ -179,7 +183,7 @@ def _run(
     engine: Engine,
     model: functools._lru_cache_wrapper[Scorer],
     sets: tuple[list[str], str],
-    part: tuple[int, int | None],
+    numbers_of: Callable[[int], range],
     overwrite: bool,
     dry_run: bool,
 ) -> None:
@@ -202,7 +206,7 @@ def _run(
             engine,
             (lambda shard: model().vectors(shard)) if by_model else None,
             evaluation if sets[0] else None,
-            part,
+            numbers_of,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,

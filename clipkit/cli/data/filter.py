@@ -35,6 +35,7 @@ from clipkit.cli.data.options import (
     StartOption,
     WorkersOption,
     engine_of,
+    share,
 )
 from clipkit.cli.evaluating import Precision
 from clipkit.cli.output import StageProgress, say
@@ -140,7 +141,7 @@ def filter_shards(
         return scorer(clip_score or "", caption, batch_size, device, precision, parts)
 
     score = (lambda shard: model().scores(shard)) if by_model else None
-    _run(job, shards, parts, score, (start, end), overwrite, dry_run)
+    _run(job, shards, parts, score, lambda total: share(start, end, total, "shards"), overwrite, dry_run)
 
 
 def _rules(
@@ -204,7 +205,7 @@ def _run(
     shards: list[str],
     engine: Engine,
     score: Callable[[str], dict[str, Any]] | None,
-    part: tuple[int, int | None],
+    numbers_of: Callable[[int], range],
     overwrite: bool,
     dry_run: bool,
 ) -> None:
@@ -212,7 +213,7 @@ def _run(
 
     with StageProgress() as progress:
         done = run_filter(
-            job, shards, engine, score, part, overwrite=overwrite, dry_run=dry_run, progress=progress
+            job, shards, engine, score, numbers_of, overwrite=overwrite, dry_run=dry_run, progress=progress
         )
     if done.summary is None:
         say(f"{done.examined:,} shards are examined; once all are, run it without --start and --end")

@@ -23,7 +23,6 @@ from clipkit.data.curation.selection import (
     UNUSABLE,
     Summary,
     Target,
-    part_of,
     summarize,
     unusable_rows,
     working,
@@ -351,7 +350,7 @@ def run_dedup(
     engine: Engine,
     embed: Callable[[str], dict[str, Rows]] | None = None,
     evaluation: Callable[[], Evaluation] | None = None,
-    part: tuple[int, int | None] = (0, None),
+    numbers_of: Callable[[int], range] = range,
     *,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -360,12 +359,12 @@ def run_dedup(
     """Removes the duplicates from the shards that `specs` mean.
 
     embed: returns the vectors of a shard when a model gives them; called in this process.
-    part: first shard and the one after the last to examine; the outputs are written when all are.
+    numbers_of: number of shards -> those to examine; the outputs are written when it is all of them.
     Raises ConfigError, and DataError for damaged shards.
     """
     job.check()
     shards = open_shards(specs)
-    numbers = part_of(part, len(shards))
+    numbers = numbers_of(len(shards))
     likeness = job.likeness
     with working(job.target, shards, job.description(), overwrite=overwrite, dry_run=dry_run) as survey:
         kinds = (likeness.hashes, job.caption, job.uid_field)

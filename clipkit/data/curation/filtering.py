@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from clipkit.data.curation.selection import (
     UNUSABLE,
     Summary,
     Target,
-    part_of,
     summarize,
     unusable_rows,
     working,
@@ -180,6 +180,10 @@ class Filtering:
             check_format(self.scores_out, FORMATS[:2], "--scores-out")
             if not scored:
                 raise ConfigError("--scores-out needs scores", "name a model or a field with --clip-score")
+            if not os.access(self.scores_out.parent, os.W_OK) or self.scores_out.is_dir():
+                raise ConfigError(
+                    f"--scores-out {self.scores_out} cannot be written", "choose a file in a folder that can"
+                )
         decides = self.plan.basic.rules or self.choice.scored or self.plan.entries is not None
         if not decides and self.scores_out is None:
             raise ConfigError(
@@ -215,7 +219,7 @@ def run_filter(
     specs: Sequence[str],
     engine: Engine,
     score: Callable[[str], dict[str, Rows]] | None,
-    part: tuple[int, int | None] = (0, None),
+    numbers_of: Callable[[int], range] = range,
     *,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -224,12 +228,12 @@ def run_filter(
     """Runs a filter over the shards that `specs` mean.
 
     score: returns the scores of a shard when a model gives them (`scored_by`); called in this process.
-    part: first shard and the one after the last to examine; the outputs are written when all are.
+    numbers_of: number of shards -> those to examine; the outputs are written when it is all of them.
     Raises ConfigError, and DataError for damaged shards and when nothing is left.
     """
     job.check()
     shards = open_shards(specs)
-    numbers = part_of(part, len(shards))
+    numbers = numbers_of(len(shards))
     with working(job.target, shards, job.description(), overwrite=overwrite, dry_run=dry_run) as survey:
         survey.make(SAMPLES, examine, numbers, engine, progress, (job.plan,))
         if score is not None:

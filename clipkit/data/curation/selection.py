@@ -131,17 +131,6 @@ def working(
     yield Survey(tuple(shards), work)
 
 
-def part_of(part: tuple[int, int | None], total: int) -> range:
-    """Returns the numbers of the shards that --start and --end name; ConfigError when they name none."""
-    start, end = part[0], total if part[1] is None else part[1]
-    if not 0 <= start < end <= total:
-        raise ConfigError(
-            f"--start {start} and --end {end} name none of {total:,} shards",
-            f"choose 0 <= start < end <= {total}",
-        )
-    return range(start, end)
-
-
 @dataclass(frozen=True)
 class Summary:
     """What a job removed. rules: name -> (samples that break it, samples that break only it)."""

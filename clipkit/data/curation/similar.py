@@ -38,10 +38,11 @@ def join_similar(components: Components, vectors: Vectors, cosine: float, neighb
         return
     index: Any = None
     for numbers, rows in vectors():
+        if not len(numbers):
+            continue
         if index is None:
             index = usearch_index().Index(ndim=rows.shape[1], metric="cos", dtype="f32")
-        if len(numbers):
-            index.add(numbers.astype(np.uint64), rows, threads=1)
+        index.add(numbers.astype(np.uint64), rows, threads=1)
     count = min(neighbours + 1, total)
     for numbers, rows in vectors():
         if not len(numbers):
@@ -79,7 +80,7 @@ def open_vectors(path: Path, num_samples: int) -> NDArray[Any]:
         raise ConfigError(
             f"{path}: {error.strerror or error}", "give a .npy file, or a MODEL, to --embeddings"
         ) from error
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise DataError(f"{path}: not an array ({error})", "save it with numpy.save") from error
     if vectors.ndim != 2 or vectors.dtype.kind != "f" or len(vectors) != num_samples:
         raise DataError(

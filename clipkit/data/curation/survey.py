@@ -120,10 +120,6 @@ class Survey:
             os.replace(temporary, final)
         self.work.put(f"{kind}-{number:05d}", {"rows": len(arrays["samples"])})
 
-    def missing(self, kind: str) -> list[int]:
-        """Returns the shards without rows of this kind."""
-        return [n for n in range(len(self.shards)) if self.work.get(f"{kind}-{n:05d}") is None]
-
     def rows(self, kind: str, number: int, name: str = "samples") -> Rows:
         """Returns the rows of one shard, or the further array `name`, mapped from their file."""
         path = self._path(kind, number, name)

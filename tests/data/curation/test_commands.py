@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["filter", "POOL", "--out", "OUT", "--basic", "--start", "9"], 2, "--start 9"),
     (["filter", "POOL", "--out", "OUT", "--basic", "--workers", "0"], 2, "--workers"),
     (["filter", "POOL", "--out", "OUT", "--min-words", "many"], 2, "--min-words"),
+    (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--scores-out", "no/s.csv"], 2, "cannot be written"),
     (["filter", "pipe:cat x.tar", "--out", "OUT", "--basic"], 2, "pipe"),
     (["filter", "broken.tar", "--out", "OUT", "--basic"], 3, "broken.tar"),
     (["dedup", "POOL", "--out", "OUT", "--by", "phash", "--distance", "40"], 2, "not within 0..16"),
@@ -352,6 +355,23 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     if captured.startswith("error:"):
         assert len(captured.splitlines()) == 2
     assert not list(Path(names["OUT"]).glob("*.tar"))
+
+
+def test_the_programs_run_and_load_no_torch(pool: Path, tmp_path: Path) -> None:
+    scripts = Path(__file__).parents[3] / "data_scripts"
+    code = f"""
+import runpy, sys
+for name, more in (("filter", ["--min-words", "3"]), ("dedup", []), ("hard_captions", [])):
+    sys.argv = [name, {str(pool)!r}, "--out", {str(tmp_path / "out")!r}, "--dry-run", *more]
+    try:
+        runpy.run_path(f"{scripts}/{{name}}.py", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, name
+assert not {{"torch", "pyarrow", "usearch"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow  # a Ray cluster of this machine takes half a minute to start
