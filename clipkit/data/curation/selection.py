@@ -181,6 +181,12 @@ def write_selection(
     """Writes what the target asks for, the list of dropped samples and the summary with `more`, and ends the
     job. Returns the records of the shards. DataError when nothing is left.
     """
+    if not summary.samples:
+        _end(survey, target)
+        raise DataError(
+            f"no sample in {len(survey.shards):,} shard(s), first {survey.shards[0]}",
+            "give shards that hold samples",
+        )
     write_dropped(survey, kind, verdicts, target.beside("dropped.jsonl"))
     document = json.dumps({**summary.document(), **(more or {})}, indent=1, ensure_ascii=False)
     write_text(target.beside("summary.json"), document + "\n")

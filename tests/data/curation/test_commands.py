@@ -324,6 +324,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["filter", "POOL", "--out", "OUT", "--min-words", "many"], 2, "--min-words"),
     (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--scores-out", "no/s.csv"], 2, "cannot be written"),
     (["filter", "pipe:cat x.tar", "--out", "OUT", "--basic"], 2, "pipe"),
+    (["filter", "none.tar", "--out", "OUT", "--basic"], 3, "no sample in 1 shard"),
     (["filter", "broken.tar", "--out", "OUT", "--basic"], 3, "broken.tar"),
     (["dedup", "POOL", "--out", "OUT", "--by", "phash", "--distance", "40"], 2, "not within 0..16"),
     (["dedup", "POOL", "--out", "OUT", "--by", "embedding"], 2, "needs embeddings"),
@@ -346,6 +347,7 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     cause: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "none.tar", [])
     (tmp_path / "broken.tar").write_bytes((pool / "000.tar").read_bytes()[:5000])
     names = {"POOL": str(pool), "OUT": str(tmp_path / "-o \u00fc\nt")}
     assert main(["data", *(names.get(argument, argument) for argument in arguments)]) == code
