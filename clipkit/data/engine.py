@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 # Parts handed out per worker before the oldest result is awaited: bounds memory by workers, not by parts.
 _AHEAD = 2
+_RAY_RESULTS = 100 << 20  # bytes; Ray refuses less than 75 MiB
 
 
 def usable_processors() -> int:
@@ -107,25 +108,41 @@ def _on_ray(
     except ImportError as error:
         raise ConfigError("--engine ray needs the package ray", "install clipkit[ray]") from error
     if not ray.is_initialized():
-        # A cluster is found by RAY_ADDRESS; without one Ray starts on this machine.
-        local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **local)
-    remote = ray.remote(function)
+        _begin_ray(ray, workers)
+    # Not the function itself: Ray takes plain functions only, no partial ones.
+    remote = ray.remote(_call)
     running: deque[Any] = deque()
-    for part in parts:
-        running.append(remote.remote(*part))
-        if len(running) >= _AHEAD * workers:
+    try:
+        for part in parts:
+            running.append(remote.remote(function, *part))
+            if len(running) >= _AHEAD * workers:
+                yield _ray_result(ray, running.popleft())
+        while running:
             yield _ray_result(ray, running.popleft())
-    while running:
-        yield _ray_result(ray, running.popleft())
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _begin_ray(ray: Any, workers: int) -> None:
+    # Ray sends statistics about its use to its makers unless it is told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A cluster is found by RAY_ADDRESS; without one Ray starts on this machine, where it would take a third
+    # of the memory for results, which are small here.
+    local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "object_store_memory": _RAY_RESULTS}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **local)
+
+
+def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+    return function(*arguments)
 
 
 def _ray_result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        # Ray wraps what a part raised; the errors of clipkit leave as they are.
-        raise error.cause if isinstance(error.cause, ClipkitError) else error from error
+        # Ray wraps what a part raised; it leaves as it is.
+        raise error.cause if isinstance(error.cause, Exception) else error from error
     except ray.exceptions.RayError as error:
         raise ClipkitError(
             f"a Ray worker failed ({type(error).__name__})", "look at the cluster, then start it again"

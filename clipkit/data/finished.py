@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.shards import write_text
+from clipkit.data.tar_index import replacing
 
 FOLDER = ".clipkit-job"
 
@@ -53,8 +53,9 @@ class Finished:
 
     def put(self, name: str, record: Mapping[str, Any]) -> None:
         """Writes the record of output `name`."""
-        self.place(name)
-        write_text(self._own / f"{name}.json", json.dumps(record, ensure_ascii=False))
+        # Not under one temporary name: machines that share a job may write the same record.
+        with replacing(self.place(f"{name}.json")) as out:
+            out.write(json.dumps(record, ensure_ascii=False).encode())
 
     def clear(self) -> None:
         """Removes all records, once the job as a whole is finished."""

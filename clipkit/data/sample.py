@@ -131,6 +131,22 @@ def opened_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Im
         Image.MAX_IMAGE_PIXELS = limit
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Returns (width, height) in pixels as the header of an image says. Raises Unusable with the reason."""
+    if not data:
+        raise Unusable("empty image", "0 bytes")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return image.size
+    except UnidentifiedImageError:
+        raise Unusable("bad image", f"none of the formats {', '.join(_FORMATS)}") from None
+    except DECODE_ERRORS as error:
+        raise Unusable("bad image", f"{type(error).__name__}: {error}".replace("\n", " ")[:200]) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def as_rgb(image: Image.Image, background: Sequence[int] = WHITE) -> Image.Image:
     """Returns the image in mode RGB, transparent pixels laid on `background`, 16-bit greys as 8-bit."""
     if image.mode == "RGB" and "transparency" not in image.info:

@@ -110,7 +110,7 @@ def write_copied_shard(
     path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], progress: Progress | None = None
 ) -> ShardRecord:
     """Writes one training shard of (key, members by extension) as they are, and returns its record."""
-    return _write_tar(path, ({"__key__": key, **members} for key, members in samples), progress)
+    return write_members(path, ({"__key__": key, **members} for key, members in samples), progress)
 
 
 def write_train_shards(
@@ -293,7 +293,13 @@ def write_members(
     try:
         with temporary.open("wb") as stream:
             with writer_class(
-                stream, encoder=False, mtime=_MTIME, user="clipkit", group="clipkit", mode=0o644
+                stream,
+                encoder=False,
+                mtime=_MTIME,
+                user="clipkit",
+                group="clipkit",
+                mode=0o644,
+                keep_meta=True,  # extensions that begin with _ too: none is dropped
             ) as writer:
                 for sample in members:
                     if sample["__key__"] in seen:

@@ -6,6 +6,7 @@ No part of a specification ever reaches a shell, an environment variable or webd
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -285,7 +286,23 @@ class LocalShards:
             raise changed(self.shards[shard], f"{len(data)} of {end - begin} bytes at byte {begin}")
         return data
 
+    def expect(self, shard: int, begin: int, end: int) -> None:
+        """Asks the system to load bytes begin..end before they are read; what is wrong shows at the read."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor(shard), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
     def _read(self, shard: int, begin: int, end: int) -> bytes:
+        descriptor = self._descriptor(shard)
+        data = os.pread(descriptor, end - begin, begin)
+        while 0 < len(data) < end - begin:
+            more = os.pread(descriptor, end - begin - len(data), begin + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def _descriptor(self, shard: int) -> int:
         descriptor = self._files.get(shard)
         if descriptor is None:
             while len(self._files) >= MAX_OPEN_FILES:
@@ -294,13 +311,7 @@ class LocalShards:
             self._files[shard] = descriptor
         else:
             self._files.move_to_end(shard)
-        data = os.pread(descriptor, end - begin, begin)
-        while 0 < len(data) < end - begin:
-            more = os.pread(descriptor, end - begin - len(data), begin + len(data))
-            if not more:
-                break
-            data += more
-        return data
+        return descriptor
 
     def _forget(self, shard: int) -> None:
         descriptor = self._files.pop(shard, None)

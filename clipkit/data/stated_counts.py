@@ -33,24 +33,6 @@ def stated_counts(shards: Sequence[str], storage: Storage) -> Iterator[tuple[str
 
     Read are sizes.json of each folder ({name: samples}) and, of local shards, NAME_stats.json ("successes").
     """
-    for (shard, stated), count in zip(_stated(shards, storage), counts, strict=True):
-        for file, number in stated.items():
-            if number != count:
-                yield f"{shard}: {count} samples were found, {file} states {number}"
-
-
-def stated_total(shards: Sequence[str], storage: Storage) -> int | None:
-    """Returns the samples of all shards as the files beside them state, None unless every shard is stated."""
-    total = 0
-    for _, stated in _stated(shards, storage):
-        if not stated:
-            return None
-        total += next(iter(stated.values()))
-    return total
-
-
-def _stated(shards: Sequence[str], storage: Storage) -> Iterator[tuple[str, dict[str, int]]]:
-    """Yields every shard with what is stated of it: file -> samples."""
     sizes: dict[str, Any] = {}
     for shard in shards:
         folder, name = _split(shard)
@@ -61,6 +43,16 @@ def _stated(shards: Sequence[str], storage: Storage) -> Iterator[tuple[str, dict
             file = f"{os.path.splitext(name)[0]}_stats.json"
             stated[file] = _read(_beside(shard, file), storage).get("successes")
         yield shard, {file: number for file, number in stated.items() if isinstance(number, int)}
+
+
+def stated_total(shards: Sequence[str], storage: Storage) -> int | None:
+    """Returns the samples of all shards as the files beside them state, None unless every shard is stated."""
+    total = 0
+    for _, stated in stated_counts(shards, storage):
+        if not stated:
+            return None
+        total += next(iter(stated.values()))
+    return total
 
 
 def _split(shard: str) -> tuple[str, str]:

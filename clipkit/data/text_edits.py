@@ -102,11 +102,11 @@ def _units(text: str) -> list[_Unit]:
         if word.isascii():
             units.append(_Unit(" ", word))
             continue
-        starts, apart = [0], _stands_alone(word[0])
+        starts, apart = [0], stands_alone(word[0])
         for at in range(1, len(word)):
             if _attaches(word[at], word[at - 1]):
                 continue
-            alone = _stands_alone(word[at])
+            alone = stands_alone(word[at])
             if alone or apart:
                 starts.append(at)
             apart = alone
@@ -115,7 +115,8 @@ def _units(text: str) -> list[_Unit]:
     return units
 
 
-def _stands_alone(char: str) -> bool:
+def stands_alone(char: str) -> bool:
+    """Returns whether a character belongs to a script that writes no spaces between words."""
     return any(low <= ord(char) <= high for low, high in _UNSPACED)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clipkit.data.tables import read_columns
 from clipkit.evaluation import folders, shards, tables
+from clipkit.evaluation.images import Images
 from clipkit.evaluation.sets import ClassificationSet, RetrievalSet
 from clipkit.types import ConfigError
 
@@ -116,3 +118,15 @@ def open_retrieval(data: str | Path, split: str = DEFAULT_SPLIT) -> RetrievalSet
         path,
         "a folder with captions.csv, a CLIP_benchmark folder (test/nshards.txt), or images with .txt files",
     )
+
+
+def open_images(data: str | Path, split: str = DEFAULT_SPLIT) -> Images:
+    """Returns the images of `data`, of whichever of the two tasks it is; split and errors as above."""
+    path = _existing(data)
+    if _is_table(path):
+        captioned = "caption" in read_columns(path)
+        return (open_retrieval if captioned else open_classification)(path, split).images
+    try:
+        return open_retrieval(path, split).images
+    except ConfigError:
+        return open_classification(path, split).images

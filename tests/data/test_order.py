@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import tracemalloc
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit.data.order import Order, default_chunks, default_lanes, divisors, hash_key, permutation
+from clipkit.data.order import Order, default_chunks, default_lanes, divisors, hash_key, permutation, permuted
 from clipkit.data.ranges import RowRanges
 from clipkit.dist import World
 from clipkit.types import ConfigError
@@ -282,3 +284,19 @@ def test_memory_of_an_epoch_is_below_30_bytes_per_chunk() -> None:
         tracemalloc.stop()
     assert peak < 30 * order.num_chunks
     assert len(epoch.window_at(0, 0).ids) == 512
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_permuted_positions_are_a_permutation(count: int) -> None:
+    whole = permuted(count, 7, np.arange(count))
+    assert sorted(whole.tolist()) == list(range(count))
+    assert permuted(count, 7, np.arange(count)[::-2]).tolist() == whole[::-2].tolist()
+
+
+def test_permuted_positions_are_spread_evenly() -> None:
+    # Every order of four about equally often: 24 orders, 2400 keys, chi-squared with 23 degrees of freedom.
+    times = Counter(tuple(permuted(4, key, np.arange(4)).tolist()) for key in range(2400))
+    assert sum((times[order] - 100) ** 2 / 100 for order in itertools.permutations(range(4))) < 60
+    large = permuted(10**12, 3, np.arange(20_000))
+    assert len(set(large.tolist())) == 20_000
+    assert abs(large.mean() / 10**12 - 0.5) < 5 * 0.2887 / 20_000**0.5

@@ -7,9 +7,13 @@ import sys
 import typer
 
 from clipkit.cli.data.check_shards import check_shards
+from clipkit.cli.data.dedup import dedup
 from clipkit.cli.data.download import download
+from clipkit.cli.data.filter import filter_shards
+from clipkit.cli.data.hard_captions import hard_captions
 from clipkit.cli.data.index import index
 from clipkit.cli.data.make_shards import make_shards
+from clipkit.cli.data.reshard import reshard
 from clipkit.cli.data.stats import stats
 
 __all__ = ["app", "index", "script"]
@@ -21,8 +25,12 @@ app = typer.Typer(
     help="Make, check, describe, reshard and filter shards.",
 )
 app.command("check-shards")(check_shards)
+app.command("dedup")(dedup)
 app.command("download")(download)
+app.command("filter")(filter_shards)
+app.command("hard-captions")(hard_captions)
 app.command("make-shards")(make_shards)
+app.command("reshard")(reshard)
 app.command("stats")(stats)
 
 

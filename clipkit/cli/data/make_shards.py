@@ -16,6 +16,7 @@ from clipkit.cli.data.options import (
     EngineOption,
     StartOption,
     WorkersOption,
+    byte_count,
     engine_of,
     share,
 )
@@ -52,23 +53,6 @@ class ImageFormat(StrEnum):
     jpg = "jpg"
     png = "png"
     webp = "webp"
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def _bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    number = text.strip().lower().removesuffix("b")
-    unit = number.lstrip("0123456789.")
-    try:
-        count = int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        count = 0
-    if count < 1:
-        raise ConfigError(f"--shard-bytes {text} is no number of bytes", "write 500000000, 500MB or 1GiB")
-    return count
 
 
 DataArgument = Annotated[
@@ -191,7 +175,7 @@ def make_shards(
     reading = Reading(images, image_key, *columns, group, classnames, prompts, usual, not train)
     rules = ImageRules(resize, resize_mode.value, enlarge, format.value, quality)
     bearable = (0.01 if train else 0.0) if max_reject_fraction is None else max_reject_fraction
-    making = Making(samples_per_shard, _bytes(shard_bytes), rules, bearable)
+    making = Making(samples_per_shard, byte_count(shard_bytes), rules, bearable)
     job = _job(data, layout, reading, out, making, train, dry_run)
     runner = engine_of(workers, engine)
     _survey(job, runner) if dry_run else _make(job, runner, start, end, overwrite)

@@ -24,6 +24,10 @@ ShardsArgument = Annotated[
         metavar="SHARDS...", show_default=False, help="Paths, braces, globs, folders or addresses."
     ),
 ]
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes, or Ray tasks at a time.")]
 EngineOption = Annotated[
     EngineName, typer.Option("--engine", help="Processes of this machine, or a Ray cluster (clipkit[ray]).")
@@ -51,3 +55,18 @@ def share(start: int, end: int | None, total: int, what: str = "parts") -> range
             f"choose 0 <= start < end <= {total}",
         )
     return range(start, last)
+
+
+def byte_count(text: str | None) -> int | None:
+    """Returns the number of bytes that --shard-bytes names (500000000, 500MB, 1GiB), None for None."""
+    if text is None:
+        return None
+    number = text.strip().lower().removesuffix("b")
+    unit = number.lstrip("0123456789.")
+    try:
+        count = int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ConfigError(f"--shard-bytes {text} is no number of bytes", "write 500000000, 500MB or 1GiB")
+    return count

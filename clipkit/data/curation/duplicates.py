@@ -1,0 +1,389 @@
+"""Duplicates: exact ones, near ones, and samples whose picture is in an evaluation set.
+
+Of every group the first sample, in the order of the shards, stays. Near duplicates are connected components:
+a chain of similar pictures is one group, even where its ends differ by more than the bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipkit.data.curation.groups import Components, Numbers, repeated, similar_pairs, similar_to
+from clipkit.data.curation.hashes import PHASH, fingerprint_shard, perceptual_hash
+from clipkit.data.curation.selection import (
+    UNUSABLE,
+    Summary,
+    Target,
+    summarize,
+    unusable_rows,
+    working,
+    write_selection,
+)
+from clipkit.data.curation.similar import (
+    join_similar,
+    open_vectors,
+    similar_rows,
+    unit_rows,
+    usearch_index,
+)
+from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of, open_shards
+from clipkit.data.curation.tables import shard_labels, written_lines
+from clipkit.data.engine import Engine
+from clipkit.data.shards import ShardRecord
+from clipkit.types import ConfigError
+
+MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
+HASHES, VECTORS = "hashes", "vectors"
+EMBEDDING, EVALUATION = "embedding", "evaluation"
+
+
+class Pictures(Protocol):
+    """A sequence of pictures with names, as evaluation sets hold them; picklable."""
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str:
+        """Returns how a message calls picture `index`."""
+        ...
+
+    def load(self, index: int) -> Image.Image:
+        """Returns the decoded picture."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Pictures that must not be trained on.
+
+    names    one per picture; hashes uint64 and `hashed`, which of the pictures have one
+    vectors  unit vectors float32 (E, D), None without a model
+    """
+
+    names: tuple[str, ...]
+    hashes: NDArray[np.uint64]
+    hashed: NDArray[np.bool_]
+    vectors: NDArray[np.float32] | None = None
+
+
+def hash_pictures(pictures: Pictures, start: int, stop: int) -> list[int | None]:
+    """Returns the perceptual hashes of pictures start..stop; raises DataError for an unreadable one."""
+    return [perceptual_hash(pictures.load(index)) for index in range(start, stop)]
+
+
+def evaluation_of(
+    sets: Sequence[Pictures], engine: Engine, vectors: Sequence[NDArray[np.float32]] | None = None
+) -> Evaluation:
+    """Returns the pictures of all sets with their hashes, and with `vectors`, one array (E, D) per set."""
+    step = 256
+    parts = (
+        (pictures, start, min(start + step, len(pictures)))
+        for pictures in sets
+        for start in range(0, len(pictures), step)
+    )
+    found = [value for part in engine.map(hash_pictures, parts) for value in part]
+    names = tuple(pictures.name(index) for pictures in sets for index in range(len(pictures)))
+    hashed = np.array([value is not None for value in found], dtype=np.bool_)
+    hashes = np.array([value or 0 for value in found], dtype=np.uint64)
+    return Evaluation(names, hashes, hashed, None if vectors is None else np.concatenate(vectors))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What counts as a duplicate.
+
+    exact       kinds of exact duplicates: image, pixels, caption, pair
+    phash       whether perceptual hashes are compared: at most `distance` of 64 bits differ
+    cosine      of embeddings at least this; None: no embeddings. neighbours: the nearest that are looked at
+    """
+
+    exact: tuple[str, ...]
+    phash: bool = False
+    distance: int = 4
+    cosine: float | None = None
+    neighbours: int = 32
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """The hashes that the survey takes of every sample."""
+        return (*self.exact, *((PHASH,) if self.phash else ()))
+
+
+class DuplicateVerdicts:
+    """Which samples are duplicates, and of which. What is known of each sample lies in files, 10 bytes each;
+    near duplicates hold some 50 bytes per sample in memory, and embeddings the index.
+    """
+
+    def __init__(
+        self,
+        survey: Survey,
+        likeness: Likeness,
+        *,
+        within: Sequence[str],
+        evaluation: Evaluation | None = None,
+        embeddings: Path | None = None,
+    ) -> None:
+        """within: the kinds by which the set is compared with itself; evaluation: what it is compared with
+        besides; embeddings: a .npy file in place of surveyed vectors.
+        """
+        self._survey, self._likeness = survey, likeness
+        self._keys = functools.lru_cache(maxsize=64)(lambda number: survey.rows(HASHES, number)["key"])
+        self.rules = (
+            *likeness.exact,
+            *(kind for kind in (PHASH, EMBEDDING) if kind in within),
+            *((EVALUATION,) if evaluation is not None else ()),
+            UNUSABLE,
+        )
+        self.largest: dict[str, int] = {}  # samples of the largest group, by kind of near duplicates
+        counts = survey.counts(HASHES)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._labels = shard_labels(survey.shards)
+        total = int(self._starts[-1])
+        self._given = None if embeddings is None else open_vectors(embeddings, total)
+        self._bits = self._table("bits", np.uint16, total)
+        self._owner = self._table("owner", np.int64, total)
+        self._owner[:] = -1
+        for kind in likeness.exact:
+            for numbers, firsts in repeated(self._digests(kind), total, survey.work.place("buckets").parent):
+                self._mark(kind, numbers, firsts)
+        if PHASH in within:
+            self._mark_similar_hashes()
+        if EMBEDDING in within:
+            assert likeness.cosine is not None
+            components = Components(total)
+            join_similar(components, self.vectors, likeness.cosine, likeness.neighbours)
+            self._mark_components(EMBEDDING, np.arange(total), components.lowest())
+        self.matches = 0
+        if evaluation is not None:
+            self._evaluation_file = survey.work.place("evaluation.jsonl")
+            self.matches = self._mark_evaluation(evaluation)
+        for number in range(len(survey.shards)):
+            unusable = np.flatnonzero(unusable_rows(survey.rows(HASHES, number)))
+            self._bits[unusable + self._starts[number]] = 1 << (len(self.rules) - 1)
+
+    def _table(self, name: str, dtype: Any, size: int) -> NDArray[Any]:
+        if not size:
+            return np.zeros(0, dtype)
+        path = self._survey.work.place(f"{name}.npy")
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(size,))
+
+    def _usable(self, number: int) -> tuple[Numbers, Any]:
+        rows = self._survey.rows(HASHES, number)
+        places = np.flatnonzero(~unusable_rows(rows))
+        return places + self._starts[number], rows[places]
+
+    def _digests(self, kind: str) -> Iterator[tuple[Numbers, NDArray[Any]]]:
+        for number in range(len(self._survey.shards)):
+            numbers, rows = self._usable(number)
+            yield numbers, np.ascontiguousarray(rows[kind])
+
+    def _mark(self, rule: str, numbers: Numbers, owners: Numbers) -> None:
+        self._bits[numbers] |= np.uint16(1 << self.rules.index(rule))
+        known = self._owner[numbers]
+        self._owner[numbers] = np.where(known < 0, owners, known)
+
+    def _mark_components(self, rule: str, numbers: Numbers, firsts: Numbers) -> None:
+        later = np.flatnonzero(numbers != firsts)
+        if len(later):
+            self.largest[rule] = 1 + int(np.unique(firsts[later], return_counts=True)[1].max())
+        self._mark(rule, numbers[later], firsts[later])
+
+    def _hashed(self, number: int) -> tuple[Numbers, NDArray[np.uint64]]:
+        numbers, rows = self._usable(number)
+        structured = np.flatnonzero(~rows["flat"])
+        return numbers[structured], np.asarray(rows[PHASH][structured])
+
+    def _mark_similar_hashes(self) -> None:
+        parts = [self._hashed(number) for number in range(len(self._survey.shards))]
+        numbers = np.concatenate([part[0] for part in parts])
+        hashes, first, place = np.unique(
+            np.concatenate([part[1] for part in parts]), return_index=True, return_inverse=True
+        )
+        # By first appearance, so that the lowest of a component is its first sample.
+        order = np.argsort(first)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        components = Components(len(hashes))
+        for left, right in similar_pairs(hashes[order], self._likeness.distance):
+            components.join(left, right)
+        firsts = numbers[first[order]][components.lowest()] if len(numbers) else numbers
+        self._mark_components(PHASH, numbers, firsts[rank[place]])
+
+    def vectors(self) -> Iterator[tuple[Numbers, NDArray[np.float32]]]:
+        """Yields sample numbers and unit vectors, float32 (n, D), shard by shard, without unusable ones."""
+        for number in range(len(self._survey.shards)):
+            if self._given is None:
+                vectors = self._survey.rows(VECTORS, number, "vectors")
+            else:
+                vectors = self._given[self._starts[number] : self._starts[number + 1]]
+            unit = unit_rows(np.asarray(vectors))
+            places = np.flatnonzero(
+                ~unusable_rows(self._survey.rows(HASHES, number)) & np.isfinite(unit).all(axis=1)
+            )
+            yield places + self._starts[number], unit[places]
+
+    def _mark_evaluation(self, evaluation: Evaluation) -> int:
+        """Marks what is in an evaluation set and writes every matching pair; returns their number."""
+        likeness = self._likeness
+        pictures = np.flatnonzero(evaluation.hashed)
+        count = 0
+        found: list[tuple[Numbers, Numbers, str, list[float]]]
+        vectors = self.vectors() if likeness.cosine is not None else None
+        with written_lines(self._evaluation_file) as write:
+            for number in range(len(self._survey.shards)):
+                found = []
+                if likeness.phash:
+                    numbers, hashes = self._hashed(number)
+                    mine, theirs = similar_to(hashes, evaluation.hashes[pictures], likeness.distance)
+                    bits = np.bitwise_count(hashes[mine] ^ evaluation.hashes[pictures[theirs]])
+                    found.append((numbers[mine], pictures[theirs], "distance", bits.tolist()))
+                if vectors is not None and likeness.cosine is not None:
+                    assert evaluation.vectors is not None
+                    numbers, own = next(vectors)
+                    mine, theirs, cosines = similar_rows(own, evaluation.vectors, likeness.cosine)
+                    found.append((numbers[mine], theirs, "cosine", cosines.tolist()))
+                for samples, others, name, values in found:
+                    self._bits[samples] |= np.uint16(1 << self.rules.index(EVALUATION))
+                    count += len(samples)
+                    for sample, other, value in zip(samples.tolist(), others.tolist(), values, strict=True):
+                        write({**self._named(sample), "image": evaluation.names[other], name: value})
+        return count
+
+    def _named(self, sample: int) -> dict[str, str]:
+        number = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        key = self._keys(number)[sample - int(self._starts[number])]
+        return {"shard": self._labels[number], "key": key_of(key)}
+
+    def bits(self, number: int) -> NDArray[np.uint16]:
+        """Returns the broken rules of the samples of shard `number`, uint16 (n,)."""
+        return np.array(self._bits[self._starts[number] : self._starts[number + 1]])
+
+    def details(self, number: int, dropped: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Returns for each of these samples the first sample that it duplicates, if there is one."""
+        owners = self._owner[self._starts[number] + dropped].tolist()
+        return [{"same_as": self._named(owner)} if owner >= 0 else {} for owner in owners]
+
+    def copy_matches(self, path: Path) -> None:
+        """Writes the list of pairs of a sample and an evaluation image."""
+        path.write_bytes(self._evaluation_file.read_bytes())
+
+
+@dataclass(frozen=True)
+class Deduplication:
+    """A job that removes duplicates.
+
+    within          the kinds by which the set is compared with itself
+    caption         field of the caption of the kinds caption and pair
+    embeddings      a .npy file with one row per sample; embedded_by: identity of the model that computes them
+    evaluation_sets what the evaluation sets are, for the description of the job
+    """
+
+    likeness: Likeness
+    target: Target
+    within: tuple[str, ...]
+    caption: str = "txt"
+    embeddings: Path | None = None
+    embedded_by: tuple[str | int, ...] = ()
+    evaluation_sets: tuple[str, ...] = ()
+    uid_field: str | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for bounds that mean nothing and kinds that nothing is known about."""
+        likeness = self.likeness
+        if not 0 <= likeness.distance <= MAX_DISTANCE:
+            raise ConfigError(
+                f"--distance {likeness.distance} is not within 0..{MAX_DISTANCE}",
+                "4 finds re-encoded and resized pictures; unrelated ones begin near 12",
+            )
+        if likeness.cosine is not None:
+            if not 0 < likeness.cosine <= 1:
+                raise ConfigError(f"--cosine {likeness.cosine} is not within 0..1", "give for example 0.95")
+            if self.embeddings is None and not self.embedded_by:
+                raise ConfigError(
+                    "--by embedding needs embeddings",
+                    "pass --embeddings MODEL, or FILE.npy with a row per sample",
+                )
+            if EMBEDDING in self.within:
+                usearch_index()
+        if self.evaluation_sets and not (likeness.phash or self.embedded_by):
+            raise ConfigError(
+                "evaluation pictures cannot be compared with embeddings from a file",
+                "add --by phash, or give --embeddings a MODEL",
+            )
+        if not self.evaluation_sets and not self.within:
+            raise ConfigError("nothing to compare with", "pass --by KIND, --against DATA, or both")
+
+    def description(self) -> tuple[str, dict[str, Any]]:
+        """Returns the name of the job and what its rows and outputs depend on."""
+        values = {name: value for name, value in asdict(self).items() if name != "target"}
+        if self.embeddings is not None:
+            found = self.embeddings.stat().st_mtime_ns if self.embeddings.exists() else 0
+            values["embeddings"] = [str(self.embeddings), found]
+        return "dedup", json.loads(json.dumps(values, default=str))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a deduplication did. summary: None when only a part of the shards was examined.
+
+    matches: pairs of a sample and an evaluation picture; largest: samples of the largest group of near
+    duplicates, by kind.
+    """
+
+    examined: int
+    summary: Summary | None = None
+    matches: int = 0
+    largest: Mapping[str, int] = field(default_factory=dict)
+    records: tuple[ShardRecord, ...] = ()
+
+
+def run_dedup(
+    job: Deduplication,
+    specs: Sequence[str],
+    engine: Engine,
+    embed: Callable[[str], dict[str, Rows]] | None = None,
+    evaluation: Callable[[], Evaluation] | None = None,
+    numbers_of: Callable[[int], range] = range,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: OnPart | None = None,
+) -> Outcome:
+    """Removes the duplicates from the shards that `specs` mean.
+
+    embed: returns the vectors of a shard when a model gives them; called in this process.
+    numbers_of: number of shards -> those to examine; the outputs are written when it is all of them.
+    Raises ConfigError, and DataError for damaged shards.
+    """
+    job.check()
+    shards = open_shards(specs)
+    numbers = numbers_of(len(shards))
+    likeness = job.likeness
+    with working(job.target, shards, job.description(), overwrite=overwrite, dry_run=dry_run) as survey:
+        kinds = (likeness.hashes, job.caption, job.uid_field)
+        survey.make(HASHES, fingerprint_shard, numbers, engine, progress, kinds)
+        if embed is not None:
+            survey.make(VECTORS, embed, numbers, Engine(), progress)
+        if len(numbers) < len(shards):
+            return Outcome(len(numbers))
+        verdicts = DuplicateVerdicts(
+            survey,
+            likeness,
+            within=job.within,
+            evaluation=None if evaluation is None else evaluation(),
+            embeddings=job.embeddings,
+        )
+        summary = summarize(survey, HASHES, verdicts)
+        records: list[ShardRecord] = []
+        if not dry_run:
+            if evaluation is not None:
+                verdicts.copy_matches(job.target.beside("evaluation_matches.jsonl"))
+            records = write_selection(survey, HASHES, verdicts, summary, job.target, engine, progress)
+        return Outcome(len(shards), summary, verdicts.matches, verdicts.largest, tuple(records))

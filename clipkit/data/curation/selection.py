@@ -1,0 +1,305 @@
+"""From verdicts to outputs: copied shards or a list of keys, what was dropped and why, and the counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.data.curation.survey import OnPart, Rows, Survey, job_description, key_of, read_samples
+from clipkit.data.curation.tables import (
+    FORMATS,
+    check_format,
+    shard_labels,
+    write_uids,
+    written_lines,
+    written_table,
+)
+from clipkit.data.engine import Engine
+from clipkit.data.finished import Finished
+from clipkit.data.shards import (
+    ShardRecord,
+    finish_train_shards,
+    refuse_shards,
+    shard_name,
+    write_copied_shard,
+    write_text,
+)
+from clipkit.data.source import is_remote
+from clipkit.types import ConfigError, DataError
+
+UNUSABLE = "unusable"
+
+
+class Verdicts(Protocol):
+    """Which rules every sample of a shard breaks; bit i stands for `rules[i]`, the last one is UNUSABLE."""
+
+    @property
+    def rules(self) -> tuple[str, ...]: ...
+    def bits(self, number: int) -> NDArray[np.uint16]:
+        """Returns the broken rules of the samples of shard `number`."""
+        ...
+
+    def details(self, number: int, dropped: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Returns what the list of dropped samples says besides, for these samples of shard `number`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the outputs go: shards into a folder, or the kept keys into one file, or both."""
+
+    out: Path | None
+    keys_out: Path | None
+
+    def check(self, shards: Sequence[str]) -> None:
+        """Raises ConfigError for targets that are missing, unknown, or the source itself."""
+        if self.out is None and self.keys_out is None:
+            raise ConfigError(
+                "no output is named", "pass --out DIR for shards, or --keys-out FILE for a list"
+            )
+        if self.keys_out is not None:
+            check_format(self.keys_out, FORMATS, "--keys-out")
+            if self.keys_out.is_dir():
+                raise ConfigError(f"--keys-out {self.keys_out} is a folder", "name a file")
+        refuse_source(self.out, shards)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the records while the job is under way."""
+        if self.out is not None:
+            return self.out
+        assert self.keys_out is not None
+        return self.keys_out.with_name(self.keys_out.name + ".job")
+
+    def beside(self, name: str) -> Path:
+        """Returns the path of a further output: in the folder of the shards, or beside the list of keys."""
+        if self.out is not None:
+            return self.out / name
+        assert self.keys_out is not None
+        return self.keys_out.with_name(f"{self.keys_out.stem}.{name}")
+
+
+def refuse_source(out: Path | None, shards: Sequence[str]) -> None:
+    """Raises ConfigError when shards are read from the folder that is written to."""
+    if out is None:
+        return
+    for shard in shards:
+        if not is_remote(shard) and os.path.realpath(os.path.dirname(shard) or ".") == os.path.realpath(out):
+            raise ConfigError(f"--out {out} holds the shards that are read", "choose another folder")
+
+
+@contextmanager
+def working(
+    target: Target,
+    shards: Sequence[str],
+    description: tuple[str, Mapping[str, Any]],
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Iterator[Survey]:
+    """Yields the survey of a job; its records lie at the target, those of a dry run in a temporary folder.
+
+    ConfigError when the target holds shards of something else, or cannot be written.
+    """
+    name, options = description
+    target.check(shards)
+    job = job_description(name, shards, dict(options))
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="clipkit-") as folder:
+            yield Survey(tuple(shards), Finished(Path(folder), job))
+        return
+    work = Finished(target.folder, job)
+    if target.out is not None and not overwrite and not work.begun:
+        refuse_shards(target.out)
+    try:
+        work.place("begun").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"{target.folder} cannot be written ({error.strerror})", "choose a folder you may write to"
+        ) from error
+    yield Survey(tuple(shards), work)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job removed. rules: name -> (samples that break it, samples that break only it)."""
+
+    samples: int
+    kept: int
+    rules: Mapping[str, tuple[int, int]]
+    reasons: Mapping[str, int]
+
+    def document(self) -> dict[str, Any]:
+        """Returns the summary for a JSON file."""
+        return {
+            "samples": self.samples,
+            "kept": self.kept,
+            "rules": {name: {"removed": of, "only": alone} for name, (of, alone) in self.rules.items()},
+            "reasons": dict(self.reasons),
+        }
+
+
+def summarize(survey: Survey, kind: str, verdicts: Verdicts) -> Summary:
+    """Returns the counts over all shards."""
+    rules = verdicts.rules
+    broken = np.zeros((len(rules), 2), dtype=np.int64)
+    samples = kept = 0
+    reasons: Counter[str] = Counter()
+    for number in range(len(survey.shards)):
+        bits = verdicts.bits(number)
+        samples += len(bits)
+        kept += int((bits == 0).sum())
+        for at in range(len(rules)):
+            broken[at] += (int((bits >> at & 1).sum()), int((bits == 1 << at).sum()))
+        stored = survey.rows(kind, number)["reason"]
+        reasons.update(reason.decode() for reason in stored[stored != b""].tolist())
+    counts = {rule: (int(of), int(alone)) for rule, (of, alone) in zip(rules, broken, strict=True)}
+    return Summary(samples, kept, counts, dict(reasons.most_common()))
+
+
+def write_selection(
+    survey: Survey,
+    kind: str,
+    verdicts: Verdicts,
+    summary: Summary,
+    target: Target,
+    engine: Engine,
+    progress: OnPart | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> list[ShardRecord]:
+    """Writes what the target asks for, the list of dropped samples and the summary with `more`, and ends the
+    job. Returns the records of the shards. DataError when nothing is left.
+    """
+    if not summary.samples:
+        _end(survey, target)
+        raise DataError(
+            f"no sample in {len(survey.shards):,} shard(s), first {survey.shards[0]}",
+            "give shards that hold samples",
+        )
+    write_dropped(survey, kind, verdicts, target.beside("dropped.jsonl"))
+    document = json.dumps({**summary.document(), **(more or {})}, indent=1, ensure_ascii=False)
+    write_text(target.beside("summary.json"), document + "\n")
+    if not summary.kept:
+        _end(survey, target)
+        raise DataError(
+            f"none of {summary.samples:,} samples is left",
+            f"loosen the rules; {target.beside('dropped.jsonl')} names those that each sample breaks",
+        )
+    if target.keys_out is not None:
+        write_keys(survey, kind, verdicts, target.keys_out)
+    records = [] if target.out is None else copy_kept(survey, verdicts, target.out, engine, progress)
+    _end(survey, target)
+    return records
+
+
+def _end(survey: Survey, target: Target) -> None:
+    survey.work.clear()
+    if target.out is None:
+        shutil.rmtree(target.folder, ignore_errors=True)
+
+
+def write_dropped(survey: Survey, kind: str, verdicts: Verdicts, path: Path) -> None:
+    """Writes one line per dropped sample: shard, key, broken rules, and what is known besides."""
+    labels = shard_labels(survey.shards)
+    with written_lines(path) as write:
+        for number, label in enumerate(labels):
+            bits, rows = verdicts.bits(number), survey.rows(kind, number)
+            dropped = np.flatnonzero(bits)
+            for row, more in zip(dropped.tolist(), verdicts.details(number, dropped), strict=True):
+                names = [rule for at, rule in enumerate(verdicts.rules) if bits[row] >> at & 1]
+                line = {"shard": label, "key": key_of(rows["key"][row]), "rules": names, **more}
+                if rows["reason"][row]:
+                    line["reason"] = rows["reason"][row].decode()
+                write(line)
+
+
+def write_keys(survey: Survey, kind: str, verdicts: Verdicts, path: Path) -> None:
+    """Writes the kept samples: columns shard and key, or as .npy DataComp's sorted uids."""
+    numbers = range(len(survey.shards))
+    kept = ((number, survey.rows(kind, number)[verdicts.bits(number) == 0]) for number in numbers)
+    if path.suffix == ".npy":
+        total = sum(int((verdicts.bits(number) == 0).sum()) for number in numbers)
+        write_uids(path, (np.asarray(rows["uid"]) for _, rows in kept), total)
+        return
+    labels = shard_labels(survey.shards)
+    with written_table(path) as write:
+        for number, rows in kept:
+            keys = [key_of(key) for key in rows["key"].tolist()]
+            write({"shard": [labels[number]] * len(keys), "key": keys})
+
+
+def copy_kept(
+    survey: Survey, verdicts: Verdicts, out: Path, engine: Engine, progress: OnPart | None = None
+) -> list[ShardRecord]:
+    """Writes the kept samples of every shard that has some as out/00000.tar, ..., members unchanged.
+
+    Returns their records. Shards that are there already are not written again.
+    """
+
+    def parts() -> Iterator[tuple[int, str, NDArray[np.bool_]]]:
+        for number, shard in enumerate(survey.shards):
+            keep = verdicts.bits(number) == 0
+            if keep.any():
+                yield number, shard, keep
+
+    return write_parts(
+        survey.work, out, ((shard, keep) for _, shard, keep in parts()), copy_shard, engine, progress
+    )
+
+
+def write_parts(
+    work: Finished,
+    out: Path,
+    parts: Iterator[tuple[Any, ...]],
+    function: Callable[..., ShardRecord],
+    engine: Engine,
+    progress: OnPart | None = None,
+) -> list[ShardRecord]:
+    """Writes shard i by function(path, *part i), unless its record is there, and the manifest at the end."""
+    for name in ("sizes.json", "manifest.json"):
+        (out / name).unlink(missing_ok=True)
+    known: dict[str, ShardRecord] = {}
+    order: list[str] = []
+
+    def pending() -> Iterator[tuple[Any, ...]]:
+        for number, part in enumerate(parts):
+            name = shard_name(number)
+            order.append(name)
+            record = work.get(name)
+            if record is None or not (out / name).is_file():
+                yield out / name, *part
+            else:
+                known[name] = ShardRecord(**record)
+
+    for done, record in enumerate(engine.map(function, pending()), 1):
+        work.put(record.name, vars(record))
+        known[record.name] = record
+        if progress is not None:
+            progress("shards", done, len(order))
+    return finish_train_shards(out, [known[name] for name in order])
+
+
+def copy_shard(path: Path, shard: str, keep: NDArray[np.bool_]) -> ShardRecord:
+    """Writes the samples of a shard that `keep` names, every member as it is."""
+    samples = (sample for sample, kept in zip(read_samples(shard), keep.tolist(), strict=True) if kept)
+    members = (
+        (sample.key, {extension: sample.chunk[a:b] for extension, (a, b) in sample.members.items()})
+        for sample in samples
+    )
+    return write_copied_shard(path, members)
+
+
+def unusable_rows(rows: Rows) -> NDArray[np.bool_]:
+    """Returns which samples have a reason not to be used, bool (n,)."""
+    return np.asarray(rows["reason"] != b"")

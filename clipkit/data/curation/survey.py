@@ -1,0 +1,166 @@
+"""What a job knows about every sample: one array of rows per shard, made once and kept in files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.data.engine import Engine
+from clipkit.data.fingerprints import fingerprints
+from clipkit.data.finished import Finished
+from clipkit.data.options import DEFAULT_STORAGE
+from clipkit.data.remote import RemoteShards
+from clipkit.data.sample import RawSample
+from clipkit.data.scan import Blocks, ShardWalk
+from clipkit.data.source import expand_shards, is_remote, needs_stream
+from clipkit.types import ConfigError, DataError
+
+Rows = NDArray[Any]
+OnPart = Callable[[str, int, int], None]
+"""Called with (stage, parts done, parts in all)."""
+
+_BLOCK = 4 << 20
+
+
+def open_shards(specs: Sequence[str]) -> list[str]:
+    """Returns the shards that `specs` mean; ConfigError for those without random access."""
+    shards = expand_shards(specs, allow_pipe=True)
+    streamed = [shard for shard in shards if needs_stream(shard)]
+    if streamed:
+        raise ConfigError(f"{streamed[0]}: a compressed shard or a pipe", "give plain .tar files")
+    return shards
+
+
+def read_samples(shard: str) -> Iterator[RawSample]:
+    """Yields the samples of a shard in order, a few megabytes in memory at a time.
+
+    Raises DataError of any damage, when it is reached.
+    """
+    if is_remote(shard):
+        source = RemoteShards(DEFAULT_STORAGE)
+        try:
+            facts = source.facts(shard)
+            yield from _walk(shard, lambda begin, end: source.read(shard, begin, end, facts), *facts)
+        finally:
+            source.close()
+        return
+    try:
+        with open(shard, "rb") as file:
+            descriptor = file.fileno()
+            status = os.fstat(descriptor)
+            yield from _walk(
+                shard,
+                lambda begin, end: os.pread(descriptor, end - begin, begin),
+                status.st_size,
+                status.st_mtime_ns,
+            )
+    except OSError as error:
+        raise DataError(f"{shard}: {error.strerror or error}", "correct the path or bring it back") from error
+
+
+def _walk(shard: str, read: Callable[[int, int], bytes], size: int, stamp: int) -> Iterator[RawSample]:
+    blocks = Blocks(read, size, _BLOCK)
+    blocks.keep = True
+    for span in ShardWalk(shard, blocks.read, size, stamp).samples():
+        chunk = blocks.read(span.start, span.end - span.start)
+        members = {
+            extension: (member.data - span.start, member.data - span.start + member.size)
+            for extension, member in span.members.items()
+        }
+        yield RawSample(span.key, members, chunk)
+        blocks.release(span.end)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Rows about every sample of `shards`, by kind, below the records of a job.
+
+    A kind is a structured array per shard, row i about its sample i, and further arrays by name. Those
+    already made are read: a job that was interrupted continues, and several machines can make a part each.
+    """
+
+    shards: tuple[str, ...]
+    work: Finished
+
+    def make(
+        self,
+        kind: str,
+        function: Callable[..., Mapping[str, Rows]],
+        numbers: range,
+        engine: Engine,
+        progress: OnPart | None = None,
+        arguments: tuple[Any, ...] = (),
+    ) -> None:
+        """Makes the arrays function(shard, *arguments) of these shards, where they are not made yet.
+
+        The array `samples` holds the rows.
+        """
+        pending = [number for number in numbers if self.work.get(f"{kind}-{number:05d}") is None]
+        parts = ((self.shards[number], *arguments) for number in pending)
+        for done, (number, arrays) in enumerate(
+            zip(pending, engine.map(function, parts), strict=True), len(numbers) - len(pending) + 1
+        ):
+            self.store(kind, number, arrays)
+            if progress is not None:
+                progress(kind, done, len(numbers))
+
+    def store(self, kind: str, number: int, arrays: Mapping[str, Rows]) -> None:
+        """Keeps the arrays of one shard."""
+        for name, array in arrays.items():
+            final = self._path(kind, number, name)
+            temporary = final.with_suffix(".tmp")
+            with temporary.open("wb") as out:
+                np.save(out, array, allow_pickle=False)
+            os.replace(temporary, final)
+        self.work.put(f"{kind}-{number:05d}", {"rows": len(arrays["samples"])})
+
+    def rows(self, kind: str, number: int, name: str = "samples") -> Rows:
+        """Returns the rows of one shard, or the further array `name`, mapped from their file."""
+        path = self._path(kind, number, name)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError:
+            # An array without entries cannot be mapped.
+            return np.load(path, allow_pickle=False)
+
+    def counts(self, kind: str) -> NDArray[np.int64]:
+        """Returns the number of samples of every shard, int64 (S,)."""
+        return np.array([len(self.rows(kind, n)) for n in range(len(self.shards))], dtype=np.int64)
+
+    def _path(self, kind: str, number: int, name: str) -> Path:
+        return self.work.place(f"{kind}-{number:05d}-{name}.npy")
+
+
+def job_description(name: str, shards: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the outputs of a job depend on: its options, and size and stamp of every shard."""
+    facts = fingerprints(shards, DEFAULT_STORAGE)
+    return {
+        "job": name,
+        "shards": [
+            [shard if is_remote(shard) else os.path.abspath(shard), *fact]
+            for shard, fact in zip(shards, facts, strict=True)
+        ],
+        "options": options,
+    }
+
+
+def rows_of(keys: Sequence[str], **columns: Any) -> Rows:
+    """Returns a structured array of `columns`, each (n, ...), and the sample keys as column `key`."""
+    encoded = np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_)
+    arrays = {"key": encoded if len(keys) else np.zeros(0, "S1"), **columns}
+    kinds = [(name, array.dtype, array.shape[1:]) for name, array in arrays.items()]
+    rows = np.zeros(len(keys), dtype=np.dtype(kinds))
+    for name, array in arrays.items():
+        rows[name] = array
+    return rows
+
+
+def key_of(stored: bytes) -> str:
+    """Returns the sample key that was stored in a row."""
+    return stored.decode("utf-8", "surrogateescape")

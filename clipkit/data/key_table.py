@@ -1,0 +1,266 @@
+"""Tables looked up by key with little memory: sorted hashes and offsets in files, rows read on demand."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.data.query import value_text
+from clipkit.data.tables import read_columns, stream_rows, table_suffix
+from clipkit.data.tar_index import replacing
+from clipkit.types import ConfigError, DataError
+
+KEY_COLUMNS = ("key", "uid")
+_PARQUET = (".parquet", ".pq")
+_TEXT = (".csv", ".tsv", ".tab")
+_BATCH = 4096
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?")
+_CURE = "choose columns with --columns and the key column with --key"
+
+Entry = NDArray[np.uint64]
+
+
+def text_hash(text: str) -> int:
+    """Returns 64 bits of a text (blake2b); half surrogates, which JSON can hold, count as they are."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class TableSpec(NamedTuple):
+    """What of a table is used: its key column (None: `key`, else `uid`) and columns (None: all others)."""
+
+    path: Path
+    key: str | None = None
+    columns: tuple[str, ...] | None = None
+
+    def resolved(self) -> TableSpec:
+        """Returns it with the columns named; DataError for what is not a table, ConfigError for a column
+        that is not there.
+        """
+        found = _columns(self.path)
+        key = self.key or next((name for name in KEY_COLUMNS if name in found), None)
+        if key is None:
+            raise ConfigError(
+                f"{self.path}: no column 'key' or 'uid' (found: {', '.join(found) or 'nothing'})",
+                "name the column that holds the keys with --key",
+            )
+        columns = tuple(name for name in found if name != key) if self.columns is None else self.columns
+        for name in (key, *columns):
+            if name not in found:
+                raise ConfigError(
+                    f"{self.path}: no column {name!r} (found: {', '.join(found) or 'nothing'})", _CURE
+                )
+        return TableSpec(self.path, key, columns)
+
+
+class KeyTable:
+    """Rows of a table by key, in three files named `stem`; only what is asked for is read.
+
+    A key costs 20 bytes of disk, mapped, besides its row. Picklable: files open on first use.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeyTable, (self.stem,)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """Returns the row of a key as {column: value}, None when there is none."""
+        wanted = np.uint64(text_hash(key))
+        at = int(np.searchsorted(self._hashes, wanted))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            found, *values = self._row(at)
+            if found == key:
+                return self._typed(values)
+            at += 1
+        return None
+
+    def __contains__(self, key: str) -> bool:
+        return self.find(key) is not None
+
+    def _row(self, at: int) -> list[Any]:
+        begin, size = int(self._places["begin"][at]), int(self._places["size"][at])
+        row: list[Any] = json.loads(os.pread(self._rows, size, begin))
+        return row
+
+    def _typed(self, values: Sequence[Any]) -> dict[str, Any]:
+        row = {}
+        for name, numeric, value in zip(self._facts["columns"], self._facts["numeric"], values, strict=True):
+            row[name] = (json.loads(value) if value else None) if numeric else value
+        return row
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(_part(self.stem, "json").read_bytes())
+        return facts
+
+    @cached_property
+    def _hashes(self) -> Entry:
+        return np.load(_part(self.stem, "hashes.npy"), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _places(self) -> NDArray[Any]:
+        return np.load(_part(self.stem, "places.npy"), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _rows(self) -> int:
+        return os.open(_part(self.stem, "rows"), os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if "_rows" in self.__dict__:
+            os.close(self._rows)
+
+
+def build_key_table(
+    spec: TableSpec, stem: Path, unique: bool, on_rows: Callable[[int], None] | None = None
+) -> KeyTable:
+    """Writes the files of a key table and returns it; those that are there already are kept.
+
+    Numbers of a CSV, of columns that hold nothing else, become numbers. unique: a key on two rows is a
+    DataError; without it the rows of a key stand together. `on_rows` gets the number of rows read.
+    """
+    table = KeyTable(stem)
+    if _part(stem, "json").is_file():
+        return table
+    spec = spec.resolved()
+    columns = spec.columns or ()
+    hashes, begins, sizes = array("Q"), array("q"), array("I")
+    numeric = [_suffix(spec.path) in _TEXT] * len(columns)
+    with replacing(_part(stem, "rows")) as out:
+        for key, *values in _rows(spec):
+            # A number for as long as every filled cell is one: product codes such as 00123 stay text.
+            for at, value in enumerate(values):
+                if numeric[at] and value and not _NUMBER.fullmatch(value):
+                    numeric[at] = False
+            line = json.dumps([key, *values], ensure_ascii=True).encode() + b"\n"
+            hashes.append(text_hash(key))
+            begins.append(out.tell())
+            sizes.append(len(line))
+            out.write(line)
+            if on_rows is not None and len(hashes) % _BATCH == 0:
+                on_rows(len(hashes))
+    _save(stem, hashes, begins, sizes)
+    if unique:
+        _refuse_repeated(table, spec)
+    with replacing(_part(stem, "json")) as out:
+        out.write(json.dumps({"columns": columns, "numeric": numeric}).encode())
+    return table
+
+
+def _save(stem: Path, hashes: array[int], begins: array[int], sizes: array[int]) -> None:
+    order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
+    places = np.empty(len(order), dtype=[("begin", "<i8"), ("size", "<u4")])
+    places["begin"] = np.frombuffer(begins, np.int64)[order]
+    places["size"] = np.frombuffer(sizes, np.uint32)[order]
+    for name, values in (("hashes.npy", np.frombuffer(hashes, np.uint64)[order]), ("places.npy", places)):
+        with replacing(_part(stem, name)) as out:
+            np.save(out, values, allow_pickle=False)
+
+
+def _refuse_repeated(table: KeyTable, spec: TableSpec) -> None:
+    same = np.flatnonzero(table._hashes[1:] == table._hashes[:-1])
+    for at in same.tolist():
+        key = table._row(at)[0]
+        if key == table._row(at + 1)[0]:
+            raise DataError(f"{spec.path}: the key {key!r} stands on two rows", "leave one row per key")
+
+
+def _part(stem: Path, name: str) -> Path:
+    return stem.with_name(f"{stem.name}.{name}")
+
+
+def _suffix(path: Path) -> str:
+    suffix = table_suffix(path)
+    if suffix not in (*_TEXT, *_PARQUET):
+        raise ConfigError(f"{path}: not a table by its name", "give a .csv, .tsv or .parquet file")
+    return suffix
+
+
+def _columns(path: Path) -> list[str]:
+    if _suffix(path) in _TEXT:
+        return read_columns(path)
+    with _parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def _rows(spec: TableSpec) -> Iterator[tuple[Any, ...]]:
+    """Yields (key, values of the columns) of every row."""
+    assert spec.key is not None
+    names = (spec.key, *(spec.columns or ()))
+    if _suffix(spec.path) in _TEXT:
+        for row in stream_rows(spec.path, names, _CURE):
+            yield tuple(row[name] for name in names)
+        return
+    empty = True
+    with _parquet(spec.path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=list(names)):
+            columns = [batch.column(name).to_pylist() for name in names]
+            for key, *values in zip(*columns, strict=True):
+                empty = False
+                yield (value_text(key), *(_jsonable(value, spec.path) for value in values))
+    if empty:
+        raise DataError(f"{spec.path}: no rows", "give a table with a row per key")
+
+
+class _parquet:
+    """Context manager: an open Parquet file; what is wrong with it leaves as DataError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._arrow: Any = importlib.import_module("pyarrow")
+            self._module: Any = importlib.import_module("pyarrow.parquet")
+        except ImportError as error:
+            raise ConfigError("Parquet tables need the package pyarrow", "install clipkit[data]") from error
+
+    def __enter__(self) -> Any:
+        try:
+            self._file = self._module.ParquetFile(self.path)
+        except (OSError, self._arrow.ArrowException) as error:
+            raise self._unreadable(error) from error
+        return self._file
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._file.close()
+        if isinstance(error, OSError | self._arrow.ArrowException):
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self.path}: cannot be read ({' '.join(str(error).split())[:200]})", "write the Parquet again"
+        )
+
+
+def _jsonable(value: Any, path: Path) -> Any:
+    """Returns a value of a Parquet column as JSON holds it: no NaN, times as text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [_jsonable(each, path) for each in value]
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(each, path) for name, each in value.items()}
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    raise ConfigError(f"{path}: a column holds {type(value).__name__}, which JSON cannot", _CURE)

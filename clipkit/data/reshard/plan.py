@@ -1,0 +1,195 @@
+"""The plan of the outputs: all kept samples in files, and the positions where each output shard begins."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipkit.data.order import hash_key, permuted
+from clipkit.data.reshard.job import SIDES, Reshard, read_job
+from clipkit.data.reshard.select import ROW, Rows, choices_path
+from clipkit.data.tar_index import replacing
+from clipkit.types import DataError
+
+_BLOCK = 1 << 18  # rows in memory at a time
+_HASHES = 1 << 23  # hashes sorted at a time: 64 MB
+PLAN = "plan"
+_CURE = "correct what chooses samples; of a split, give larger shares or smaller groups"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One output shard: its number within its side, and the positions [begin, end) of that side it holds."""
+
+    side: int
+    number: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every output shard holds. The arrays lie in files of `folder` and are mapped.
+
+    cuts     per side, the positions where its shards begin, and its number of samples
+    counts   what was counted while the input was walked
+    """
+
+    folder: Path
+    job: Reshard
+    cuts: tuple[tuple[int, ...], ...]
+    counts: dict[str, int]
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """All output shards, side after side."""
+        return tuple(
+            Part(side, number, begin, end)
+            for side, cuts in enumerate(self.cuts)
+            for number, (begin, end) in enumerate(pairwise(cuts))
+        )
+
+    def rows(self, side: int, begin: int, end: int) -> Rows:
+        """Returns the samples at positions begin..end of a side, in their order."""
+        order = np.arange(begin, end)
+        if self.job.seed is not None:
+            order = permuted(self.cuts[side][-1], _shuffle_key(self.job.seed, side), order)
+        return np.array(self._rows[side][order])
+
+    def repeated(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Returns which of these key hashes several input samples share."""
+        at = np.searchsorted(self._repeated, hashes)
+        found: NDArray[np.bool_] = at < len(self._repeated)
+        found[found] = self._repeated[at[found]] == hashes[found]
+        return found
+
+    @cached_property
+    def _rows(self) -> list[Rows]:
+        return [np.memmap(_rows_path(self.folder, side), ROW, mode="r") for side in range(len(self.cuts))]
+
+    @cached_property
+    def _repeated(self) -> NDArray[np.uint64]:
+        path = _repeated_path(self.folder)
+        if not path.stat().st_size:
+            return np.zeros(0, np.uint64)
+        return np.memmap(path, "<u8", mode="r")
+
+
+@lru_cache(1)
+def read_plan(folder: Path) -> Plan:
+    """Returns the plan that lies in `folder`, once per process."""
+    return plan_of(read_job(folder), folder, json.loads((folder / f"{PLAN}.json").read_bytes()))
+
+
+def plan_of(job: Reshard, folder: Path, record: Mapping[str, Any]) -> Plan:
+    """Returns the plan that a record describes."""
+    return Plan(folder, job, tuple(map(tuple, record["cuts"])), record["counts"])
+
+
+def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> Plan:
+    """Returns the plan, from the choices of all input shards, which lie in `folder` and are removed.
+
+    Raises DataError when a side would be empty.
+    """
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    lengths = _gather(job, folder, len(counts))
+    for name, length in zip(SIDES, lengths, strict=False):
+        if not length:
+            raise DataError(_nothing_left(total, name if job.split else ""), _CURE)
+    repeated = 0
+    with replacing(_repeated_path(folder)) as out:
+        for hashes in [] if job.rekey else _repeated_hashes(folder, lengths):
+            out.write(hashes.astype("<u8").tobytes())
+            repeated += len(hashes)
+    total["keys used more than once"] = repeated
+    plan = Plan(folder, job, tuple((0, length) for length in lengths), dict(total))
+    cuts = tuple(tuple(_cuts(plan, side, length)) for side, length in enumerate(lengths))
+    return Plan(folder, job, cuts, dict(total))
+
+
+def remove_choices(folder: Path, inputs: int) -> None:
+    """Removes the choices that a recorded plan was made from."""
+    for number in range(inputs):
+        choices_path(folder, number).unlink(missing_ok=True)
+
+
+def _gather(job: Reshard, folder: Path, inputs: int) -> list[int]:
+    """Writes the rows of every side into one file each, in the order of the input; returns their numbers."""
+    lengths = []
+    for side in range(len(job.folders)):
+        length = 0
+        with replacing(_rows_path(folder, side)) as out:
+            for number in range(inputs):
+                choices = np.load(choices_path(folder, number), allow_pickle=False)
+                rows = choices[list(ROW.names or ())][choices["side"] == side].astype(ROW)
+                out.write(rows.tobytes())
+                length += len(rows)
+        lengths.append(length)
+    return lengths
+
+
+def _repeated_hashes(folder: Path, lengths: Sequence[int]) -> Iterator[NDArray[np.uint64]]:
+    """Yields, ascending, the hashes of keys that several samples share: one range at a time."""
+    passes = max(1, -(-sum(lengths) // _HASHES))
+    bounds = [(1 << 64) * number // passes for number in range(passes + 1)]
+    for low, high in pairwise(bounds):
+        held = []
+        for side in range(len(lengths)):
+            with _rows_path(folder, side).open("rb") as file:
+                while len(rows := np.fromfile(file, ROW, _BLOCK)):
+                    hashes = rows["hash"][rows["copy"] == 0]
+                    held.append(hashes[(hashes >= np.uint64(low)) & (hashes <= np.uint64(high - 1))])
+        values, times = np.unique(np.concatenate(held), return_counts=True)
+        yield values[times > 1]
+
+
+def _cuts(plan: Plan, side: int, length: int) -> Iterator[int]:
+    """Yields the positions where shards begin, and the length."""
+    most, limit = plan.job.samples_per_shard, plan.job.shard_bytes
+    if limit is None:
+        yield from range(0, length, most)
+    else:
+        held = most
+        total = 0
+        for begin in range(0, length, _BLOCK):
+            sizes = plan.rows(side, begin, min(begin + _BLOCK, length))["size"].tolist()
+            for position, size in enumerate(sizes, begin):
+                if held == most or total + size > limit:
+                    yield position
+                    held = total = 0
+                held += 1
+                total += size
+    yield length
+
+
+def _shuffle_key(seed: int, side: int) -> int:
+    return hash_key(seed, "reshard", side)
+
+
+def _rows_path(folder: Path, side: int) -> Path:
+    return folder / f"rows-{side}"
+
+
+def _repeated_path(folder: Path) -> Path:
+    return folder / "repeated"
+
+
+def _nothing_left(counts: Counter[str], side: str) -> str:
+    reasons = ", ".join(
+        f"{count:,} {name}"
+        for name, count in sorted(counts.items())
+        if count and name not in ("samples", "kept")
+    )
+    where = f"the side {side!r} holds no sample" if side and counts["kept"] else "no sample is left"
+    return f"{where} of {counts['samples']:,}" + (f" ({reasons})" if reasons else "")

@@ -1,0 +1,397 @@
+"""clipkit data filter, dedup and hard-captions as commands: what they keep, write, say and refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipkit.cli.app import main
+from clipkit.data.curation import selection
+from tests.data.curation.test_rules import datacomp_threshold, published_matches
+from tests.data.makers import Members, encoded, png, write_tar
+
+CAPTIONS = (
+    "a small dog",
+    "dog",
+    "a big red dog here",
+    "a cat on a mat",
+    "the Dog",
+    "a cat, a dog",
+    "nothing of it",
+)
+
+
+def document(number: int) -> dict[str, Any]:
+    score = round(float(np.random.default_rng(number).normal(0.3, 0.05)), 3)
+    return {"uid": f"{number * 7919 % 65536:04x}" + "0" * 12 + f"{number:016x}", "score": score}
+
+
+def sample(number: int, caption: str | None = None, image: bytes | None = None) -> Members:
+    text = CAPTIONS[number % len(CAPTIONS)] if caption is None else caption
+    return [
+        (f"{number:06d}.json", json.dumps(document(number)).encode()),
+        (f"{number:06d}.npy", bytes([number % 256]) * 9),
+        (f"{number:06d}.png", png(number, 16) if image is None else image),
+        (f"{number:06d}.txt", text.encode()),
+    ]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """Five shards of 11 samples."""
+    folder = tmp_path / "pool of shards"
+    folder.mkdir()
+    for shard in range(5):
+        write_tar(folder / f"{shard:03d}.tar", [sample(11 * shard + n) for n in range(11)])
+    return folder
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for entry in archive:
+                assert entry.name not in found
+                found[entry.name] = archive.extractfile(entry).read()  # type: ignore[union-attr]
+    return found
+
+
+def keys(folder: Path) -> list[int]:
+    return [int(name.split(".")[0]) for name in members(folder) if name.endswith(".txt")]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(*arguments: object) -> int:
+    return main(["data", *map(str, arguments)])
+
+
+def test_kept_samples_are_copied_as_they_are_whatever_the_workers(pool: Path, tmp_path: Path) -> None:
+    for name, workers in (("a", 1), ("b", 3), ("c", 2)):
+        assert run("filter", pool, "--out", tmp_path / name, "--min-words", 3, "--workers", workers) == 0
+    assert files(tmp_path / "a") == files(tmp_path / "b") == files(tmp_path / "c")
+    wanted = [n for n in range(55) if len(CAPTIONS[n % 7].split()) >= 3]
+    assert keys(tmp_path / "a") == wanted
+    before = members(pool)
+    assert members(tmp_path / "a") == {name: before[name] for name in before if int(name[:6]) in wanted}
+    assert sum(json.loads((tmp_path / "a" / "sizes.json").read_text()).values()) == len(wanted)
+    dropped = lines(tmp_path / "a" / "dropped.jsonl")
+    assert [int(line["key"]) for line in dropped] == [n for n in range(55) if n not in wanted]
+    assert all(line["rules"] == ["words"] for line in dropped)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert (summary["samples"], summary["kept"]) == (55, len(wanted))
+    assert summary["rules"]["words"] == {"removed": 55 - len(wanted), "only": 55 - len(wanted)}
+
+
+def test_shards_without_a_kept_sample_leave_no_hole(pool: Path, tmp_path: Path) -> None:
+    write_tar(pool / "002.tar", [sample(22 + n, "short") for n in range(11)])
+    assert run("filter", pool, "--out", tmp_path / "out", "--min-words", 3) == 0
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.tar"))] == [
+        f"0000{n}.tar" for n in range(4)
+    ]
+
+
+def test_a_dry_run_writes_nothing(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(tmp_path)
+    assert run("filter", pool, "--out", tmp_path / "out", "--min-words", 3, "--dry-run") == 0
+    assert run("dedup", pool, "--keys-out", tmp_path / "k.csv", "--by", "phash", "--dry-run") == 0
+    assert run("hard-captions", pool, "--out", tmp_path / "out", "--dry-run") == 0
+    assert files(tmp_path) == before
+    assert "55 samples stay" in capsys.readouterr().out
+
+
+def test_parts_of_several_machines_make_the_whole(pool: Path, tmp_path: Path) -> None:
+    rules = ("--min-words", 3, "--clip-score", "json.score", "--top", 0.5)
+    assert run("filter", pool, "--out", tmp_path / "whole", *rules) == 0
+    for start, end in ((3, 5), (0, 2), (2, 3)):
+        assert run("filter", pool, "--out", tmp_path / "parts", *rules, "--start", start, "--end", end) == 0
+        assert not list((tmp_path / "parts").glob("*.tar"))
+    assert run("filter", pool, "--out", tmp_path / "parts", *rules) == 0
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    for name, parts in (("h", [()]), ("i", [("--start", 2), ("--end", 2), ()])):
+        for part in parts:
+            assert run("hard-captions", pool, "--out", tmp_path / name, *part) == 0
+    assert files(tmp_path / "h") == files(tmp_path / "i")
+
+
+def test_an_interrupted_job_goes_on_where_it_was(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("filter", pool, "--min-words", 3, "--out")
+    assert run(*arguments, tmp_path / "whole") == 0
+    copied = []
+
+    def copy(path: Path, *rest: Any) -> Any:
+        if len(copied) == 2:
+            raise KeyboardInterrupt
+        copied.append(path.name)
+        return whole(path, *rest)
+
+    whole = selection.copy_shard
+    monkeypatch.setattr(selection, "copy_shard", copy)
+    assert run(*arguments, tmp_path / "out") == 130
+    monkeypatch.setattr(selection, "copy_shard", lambda *given: copied.append(given[0].name) or whole(*given))
+    assert run(*arguments, tmp_path / "out") == 0
+    assert copied == [f"0000{n}.tar" for n in range(5)]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    # Finished: the same command would replace shards.
+    assert run(*arguments, tmp_path / "out") == 2
+    assert run(*arguments, tmp_path / "out", "--overwrite") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--min", 0.31), ("--top", 0.3), ("--top", 1)])
+def test_scores_of_a_field_decide_by_the_published_rule(
+    pool: Path, tmp_path: Path, option: str, value: float
+) -> None:
+    scores = [document(n)["score"] for n in range(55)]
+    least = value if option == "--min" else -9.0 if value == 1 else datacomp_threshold(scores, value)
+    wanted = [n for n in range(55) if scores[n] >= least]
+    by_field = ("--clip-score", "json.score", option, value)
+    assert run("filter", pool, "--out", tmp_path / "a", *by_field, "--scores-out", tmp_path / "s.csv") == 0
+    assert keys(tmp_path / "a") == wanted
+    with (tmp_path / "s.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["score"]) for row in rows] == scores
+    assert [int(row["key"]) for row in rows] == list(range(55))
+    by_table = ("--clip-score", tmp_path / "s.csv", option, value)
+    assert run("filter", pool, "--out", tmp_path / "b", *by_table) == 0
+    assert keys(tmp_path / "b") == wanted
+
+
+def test_tables_are_parquet_where_the_name_says_so(pool: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    scores, kept = tmp_path / "scores.parquet", tmp_path / "kept.parquet"
+    by_field = ("--clip-score", "json.score", "--scores-out", scores)
+    assert run("filter", pool, "--keys-out", kept, *by_field, "--min-words", 3) == 0
+    assert run("filter", pool, "--out", tmp_path / "b", "--clip-score", scores, "--min", 0.3) == 0
+    assert keys(tmp_path / "b") == [n for n in range(55) if document(n)["score"] >= 0.3]
+    table = parquet.read_table(kept).to_pylist()
+    assert [int(row["key"]) for row in table] == [n for n in range(55) if len(CAPTIONS[n % 7].split()) >= 3]
+    assert {row["shard"] for row in table} == {f"{n:03d}.tar" for n in range(5)}
+
+
+def test_uids_are_written_as_datacomp_reads_them(pool: Path, tmp_path: Path) -> None:
+    assert run("filter", pool, "--keys-out", tmp_path / "kept.npy", "--min-words", 3) == 0
+    found = np.load(tmp_path / "kept.npy")
+    assert found.dtype == np.dtype("u8,u8")
+    uids = [document(n)["uid"] for n in range(55) if len(CAPTIONS[n % 7].split()) >= 3]
+    expected = np.array(sorted((int(uid[:16], 16), int(uid[16:], 16)) for uid in uids), np.dtype("u8,u8"))
+    assert (found == expected).all()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "kept.dropped.jsonl", "kept.npy", "kept.summary.json",
+    ]  # fmt: skip
+    assert (
+        run("filter", pool, "--keys-out", tmp_path / "x.npy", "--min-words", 3, "--uid-field", "json.id") == 3
+    )
+
+
+def balanced(pool: Path, out: Path, *more: object) -> list[int]:
+    assert run("filter", pool, "--out", out, "--balance", out.parent / "entries.txt", *more) == 0
+    return keys(out)
+
+
+def test_balancing_keeps_rare_entries_and_drops_unmatched(pool: Path, tmp_path: Path) -> None:
+    names = ["dog", "cat", "mat"]
+    (tmp_path / "entries.txt").write_text("\n".join(names) + "\n")
+    matched = [n for n in range(55) if published_matches(CAPTIONS[n % 7], names)]
+    published = ("--match", "published")
+    assert balanced(pool, tmp_path / "all", *published) == matched
+    everything = balanced(pool, tmp_path / "unmatched", *published, "--keep-unmatched")
+    assert everything == list(range(55))
+    by_words = balanced(pool, tmp_path / "words")
+    assert by_words == [n for n in range(55) if CAPTIONS[n % 7] != "nothing of it"]
+    # mat is rare: what names it stays; dog and cat are thinned out.
+    thin = balanced(pool, tmp_path / "thin", *published, "--t", 8)
+    assert {n for n in range(55) if "mat" in CAPTIONS[n % 7]} <= set(thin)
+    assert len(thin) < len(matched)
+    turned = sorted(pool.glob("*.tar"), reverse=True)
+    more = ("--balance", tmp_path / "entries.txt", *published, "--t", 8, "--workers", 2)
+    assert run("filter", *turned, "--out", tmp_path / "turned", *more) == 0
+    assert sorted(keys(tmp_path / "turned")) == thin
+    assert balanced(pool, tmp_path / "seed", *published, "--t", 8, "--seed", 1) != thin
+
+
+def photo(number: int) -> Image.Image:
+    coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """Two shards: 8 is a copy of 0, 9 has the caption of 1, 10 is a copy of pair 2, 11 a JPEG of 3."""
+    folder = tmp_path / "planted"
+    folder.mkdir()
+    images = {n: encoded(photo(n), "PNG") for n in range(12)} | {8: encoded(photo(0), "PNG")}
+    images |= {10: images[2], 11: encoded(photo(3).resize((70, 60)), "JPEG", quality=60)}
+    texts = {n: f"caption {n}" for n in range(12)} | {9: "caption  1", 10: "caption 2"}
+    for shard in range(2):
+        numbers = range(6 * shard, 6 * shard + 6)
+        write_tar(folder / f"{shard}.tar", [sample(n, texts[n], images[n]) for n in numbers])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kinds", "duplicates"),
+    [
+        (["image"], {8: 0, 10: 2}),
+        (["caption"], {9: 1, 10: 2}),
+        (["pair"], {10: 2}),
+        (["pixels"], {8: 0, 10: 2}),
+        (["phash"], {8: 0, 10: 2, 11: 3}),
+        (["image", "caption", "phash"], {8: 0, 9: 1, 10: 2, 11: 3}),
+    ],
+)
+def test_planted_duplicates_go_and_the_first_stays(
+    planted: Path, tmp_path: Path, kinds: list[str], duplicates: dict[int, int]
+) -> None:
+    by = [part for kind in kinds for part in ("--by", kind)]
+    assert run("dedup", planted, "--out", tmp_path / "out", *by, "--workers", 2) == 0
+    assert keys(tmp_path / "out") == [n for n in range(12) if n not in duplicates]
+    dropped = lines(tmp_path / "out" / "dropped.jsonl")
+    assert {int(line["key"]): int(line["same_as"]["key"]) for line in dropped} == duplicates
+    assert all(line["same_as"]["shard"] == "0.tar" for line in dropped)
+
+
+def test_evaluation_images_are_found_and_removed(planted: Path, tmp_path: Path) -> None:
+    (tmp_path / "set" / "cup").mkdir(parents=True)
+    (tmp_path / "set" / "hat").mkdir()
+    photo(4).resize((50, 80)).save(tmp_path / "set" / "cup" / "x.jpg", quality=70)
+    photo(77).save(tmp_path / "set" / "hat" / "y.png")
+    captions = tmp_path / "captions.csv"
+    captions.write_text(
+        "filepath,caption\nset/hat/y.png,one\nset/hat/y.png,two\nplain.png,white\nz.png,three\n"
+    )
+    Image.new("RGB", (30, 30), "white").save(tmp_path / "plain.png")
+    photo(7).save(tmp_path / "z.png")
+    against = ("--against", tmp_path / "set", "--against", captions)
+    assert run("dedup", planted, "--out", tmp_path / "out", *against) == 0
+    assert keys(tmp_path / "out") == [n for n in range(12) if n not in (4, 7)]
+    matches = lines(tmp_path / "out" / "evaluation_matches.jsonl")
+    assert [(int(line["key"]), Path(line["image"]).name) for line in matches] == [(4, "x.jpg"), (7, "z.png")]
+    assert all(line["distance"] <= 4 for line in matches)
+    assert run("dedup", planted, "--out", tmp_path / "both", *against, "--by", "caption") == 0
+    assert keys(tmp_path / "both") == [n for n in range(12) if n not in (4, 7, 9, 10)]
+
+
+def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("usearch")
+    vectors = np.eye(12, 16, dtype=np.float32)
+    vectors[7] = 5 * vectors[5] + 0.1 * vectors[7]
+    vectors[9] = 0
+    np.save(tmp_path / "v.npy", vectors)
+    given = ("--by", "embedding", "--embeddings", tmp_path / "v.npy")
+    assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", *given) == 0
+    with (tmp_path / "k.csv").open(newline="") as stream:
+        assert [int(row["key"]) for row in csv.DictReader(stream)] == [n for n in range(12) if n != 7]
+    np.save(tmp_path / "v.npy", vectors[:5])
+    assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", *given) == 3
+
+
+BY_FIELD = ["--clip-score", "json.score"]
+BAD: list[tuple[list[str], int, str]] = [
+    (["filter", "POOL", "--out", "OUT"], 2, "no rule"),
+    (["filter", "POOL", "--min-words", "3"], 2, "no output"),
+    (["filter", "nowhere/", "--out", "OUT", "--basic"], 3, "no such file"),
+    (["filter", "POOL", "--out", "POOL", "--basic"], 2, "holds the shards that are read"),
+    (["filter", "POOL", "--out", "OUT", "--min", "0.3"], 2, "need scores"),
+    (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--min", "1", "--top", "0.1"], 2, "exclude"),
+    (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--top", "1.5"], 2, "not within"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.no", "--top", "0.5"], 3, "no sample has"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "none.csv", "--top", "0.5"], 2, "none.csv"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "no/model", "--top", "0.5"], 2, "no/model"),
+    (["filter", "POOL", "--out", "OUT", "--balance", "none.txt"], 2, "none.txt"),
+    (["filter", "POOL", "--out", "OUT", "--min-words", "30"], 3, "none of 55 samples"),
+    (["filter", "POOL", "--keys-out", "k.xlsx", "--basic"], 2, "no known format"),
+    (["filter", "POOL", "--out", "OUT", "--basic", "--start", "9"], 2, "--start 9"),
+    (["filter", "POOL", "--out", "OUT", "--basic", "--workers", "0"], 2, "--workers"),
+    (["filter", "POOL", "--out", "OUT", "--min-words", "many"], 2, "--min-words"),
+    (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--scores-out", "no/s.csv"], 2, "cannot be written"),
+    (["filter", "pipe:cat x.tar", "--out", "OUT", "--basic"], 2, "pipe"),
+    (["filter", "none.tar", "--out", "OUT", "--basic"], 3, "no sample in 1 shard"),
+    (["filter", "broken.tar", "--out", "OUT", "--basic"], 3, "broken.tar"),
+    (["dedup", "POOL", "--out", "OUT", "--by", "phash", "--distance", "40"], 2, "not within 0..16"),
+    (["dedup", "POOL", "--out", "OUT", "--by", "embedding"], 2, "needs embeddings"),
+    (["dedup", "POOL", "--out", "OUT", "--by", "embedding", "--embeddings", "none.npy"], 2, "none.npy"),
+    (["dedup", "POOL", "--out", "OUT", "--against", "nowhere"], 2, "nowhere"),
+    (["dedup", "POOL", "--out", "OUT", "--by", "looks"], 2, "--by"),
+    (["hard-captions", "POOL"], 2, "--out"),
+    (["hard-captions", "POOL", "--out", "OUT", "--field", "a.b"], 2, "no name of an entry"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "cause"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_input_is_one_line_of_cause_and_one_of_cure(
+    pool: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    cause: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "none.tar", [])
+    (tmp_path / "broken.tar").write_bytes((pool / "000.tar").read_bytes()[:5000])
+    names = {"POOL": str(pool), "OUT": str(tmp_path / "-o \u00fc\nt")}
+    assert main(["data", *(names.get(argument, argument) for argument in arguments)]) == code
+    captured = capsys.readouterr().err
+    assert cause in captured
+    assert "Traceback" not in captured
+    if captured.startswith("error:"):
+        assert len(captured.splitlines()) == 2
+    assert not list(Path(names["OUT"]).glob("*.tar"))
+
+
+def test_the_programs_run_and_load_no_torch(pool: Path, tmp_path: Path) -> None:
+    scripts = Path(__file__).parents[3] / "data_scripts"
+    code = f"""
+import runpy, sys
+for name, more in (("filter", ["--min-words", "3"]), ("dedup", []), ("hard_captions", [])):
+    sys.argv = [name, {str(pool)!r}, "--out", {str(tmp_path / "out")!r}, "--dry-run", *more]
+    try:
+        runpy.run_path(f"{scripts}/{{name}}.py", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, name
+assert not {{"torch", "pyarrow", "usearch"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow  # a Ray cluster of this machine takes half a minute to start
+def test_ray_gives_the_same_bytes(pool: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    for name, more in (("a", ()), ("b", ("--engine", "ray", "--workers", 2))):
+        assert run("filter", pool, "--out", tmp_path / name, "--min-words", 3, *more) == 0
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
+def test_a_folder_that_refuses_is_an_error(pool: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(0o500)
+    assert run("filter", pool, "--out", closed / "out", "--basic") == 2
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert run("filter", pool, "--out", tmp_path / "file", "--basic") == 2
+    assert (tmp_path / "file").read_text() == "x"

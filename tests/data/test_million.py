@@ -1,0 +1,117 @@
+"""One million samples through make, index, stats and reshard in little memory, with throughput.
+
+Run it with: pytest -m slow -s tests/data/test_million.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clipkit.data.shards import Sample, write_train_parts
+
+SAMPLES = 1_000_000
+PART = 10_000
+MEMORY = 2 * 10**9
+WORKERS = 2
+
+
+def png(number: int) -> bytes:
+    """A PNG of 8 x 8 grey pixels that spell the number."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    line = b"\0" + struct.pack(">Q", number)
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(line * 8, 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def tiny(first: int) -> Iterator[Sample]:
+    """The samples first..first + PART."""
+    for number in range(first, first + PART):
+        yield Sample(f"{number:09d}", png(number), "png", (f"caption {number}",), {"group": number // 7})
+
+
+def make(out: str) -> None:
+    parts = [functools.partial(tiny, first) for first in range(0, SAMPLES, PART)]
+    write_train_parts(parts, Path(out), workers=WORKERS)
+
+
+def tree(root: int) -> set[int]:
+    """The process `root` and all its descendants."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/stat") as stream:
+                    parents[int(name)] = int(stream.read().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it ended meanwhile
+    found = {root}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+        if not more:
+            return found
+        found |= more
+
+
+def resident(root: int) -> int:
+    """Bytes in memory of the whole tree; pages that processes share are counted for each."""
+    total = 0
+    for pid in tree(root):
+        try:
+            with open(f"/proc/{pid}/statm") as stream:
+                total += int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            continue
+    return total
+
+
+def measured(name: str, *arguments: object) -> None:
+    """Runs a program, prints seconds, samples per second and peak memory, and asserts the last."""
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    output: list[str] = []
+    assert process.stdout is not None
+    stream = process.stdout
+    reader = threading.Thread(target=lambda: output.extend(stream))
+    reader.start()
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.2)
+    reader.join()
+    stream.close()
+    seconds = time.monotonic() - began
+    print(
+        f"\n{name}: {seconds:.0f} s, {SAMPLES / seconds:,.0f} samples/s, peak {peak / 1e6:.0f} MB", flush=True
+    )
+    print("".join(output[-3:]), end="")
+    assert process.returncode == 0
+    assert peak < MEMORY
+
+
+@pytest.mark.slow  # several minutes and 5 GB of disk
+def test_a_million_samples_in_two_gigabytes(tmp_path: Path) -> None:
+    made, out = tmp_path / "made", tmp_path / "out"
+    clipkit = ("-m", "clipkit")
+    measured("make", "-c", f"from tests.data.test_million import make; make({str(made)!r})")
+    measured("index", *clipkit, "index", made, "--workers", WORKERS)
+    job = ("data", "reshard", made, "--out", out, "--workers", WORKERS)
+    measured("reshard", *clipkit, *job, "--split", "0.9/0.1", "--group", "json.group")
+    sizes = [json.loads((out / side / "sizes.json").read_text()) for side in ("train", "validation")]
+    assert sum(sum(each.values()) for each in sizes) == SAMPLES
