@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from clipkit import dist
-from clipkit.data.captions import CaptionRules
+from clipkit.data.caption_survey import CaptionSurvey, survey_captions
+from clipkit.data.captions import DRAWN, CaptionRules
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.options import CaptionField, LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, divisors
@@ -55,9 +57,11 @@ class TrainStream:
     changed          why the saved position was not continued, None where it was
     on_indexing      called with a line when the first epoch of `data.index: lazy` is over and what is left of
                      the set is about to be indexed, which may take long
+    survey           counts captions and those that repeat, where they are read and can be found by an index
     """
 
     changed: str | None = None
+    survey: Callable[[], CaptionSurvey] | None = None
 
     def __init__(
         self,
@@ -299,7 +303,7 @@ def _open_indexed(
         "ignored_members": index.ignored,
         "index": index.file or "in memory",
     }
-    return TrainStream(
+    stream = TrainStream(
         WindowReader(index, order, recipe, options, source),
         RowRanges(options.batch_size, order.lanes, world, options.workers, options.uneven),
         recipe,
@@ -307,6 +311,9 @@ def _open_indexed(
         position,
         banner,
     )
+    if DRAWN in recipe.sources:
+        stream.survey = partial(survey_captions, index, source, recipe.captions, options.seed)
+    return stream
 
 
 def order_sizes(

@@ -28,6 +28,7 @@ def describe(run: Run) -> list[str]:
         f"model: {run.parameters:,} trainable parameters, {run.bare.towers.image_size[0]} pixels, "
         f"{run.bare.towers.context_length} tokens",
         f"data: {stream.summary()}",
+        *run.data_lines,
         f"length: {run.total_steps:,} steps of {config.data.batch_size} samples{micro}, "
         f"warm-up {run.warmup_steps}, lr {max(g['peak_lr'] for g in run.optimizer.param_groups):g}",
         f"can continue on these numbers of processes: {stream.describe_worlds()}",
