@@ -31,6 +31,7 @@ from clipkit.data.order import Ids, divisors, hash_key
 from clipkit.types import ConfigError
 
 MIXTURE_VERSION = 1
+SAMPLES = "samples"  # samples/SOURCE counts those of a source
 MAX_PARTS = 1_000_000
 MIN_LANE = (
     16  # samples of a lane where a source has enough of them: the last ones of a lane wait for an epoch
