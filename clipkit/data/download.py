@@ -32,9 +32,10 @@ IMG2DATASET = "1.47.0"
 PYTHON = ">=3.9,<3.13"
 SUMMARY = "download.json"
 RECORD = ".clipkit-download"
-RESIZES = {"shorter": "keep_ratio", "longer": "keep_ratio_largest", "keep": "no"}
+RESIZE_MODES = {"shorter": "keep_ratio", "longer": "keep_ratio_largest"}
 
 _STATS = re.compile(r"(\d{5,})_stats\.json")
+_COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 _OWN = ("sizes.json", "manifest.json", SUMMARY)
 _TOTAL = re.compile(r"total\s+- .*count: (\d+)\s*$")
 _NOISE = re.compile(r"\s*$|worker\s+- |\d*it \[|\d+it$")
@@ -44,13 +45,13 @@ _END_S = 10.0  # for img2dataset to leave by itself
 
 @dataclass(frozen=True)
 class Download:
-    """What is asked for. size: pixels of the side that `resize` names, which is only ever made smaller."""
+    """What is asked for. resize: pixels of the side that `resize_mode` names, in larger pictures only."""
 
     source: UrlList
     columns: Columns
     out: Path
-    resize: str = "keep"
-    size: int | None = None
+    resize: int | None = None
+    resize_mode: str = "shorter"
     per_shard: int = 10_000
     workers: int = 1
     threads: int = 64
@@ -58,10 +59,6 @@ class Download:
     timeout: int = 10
 
     def __post_init__(self) -> None:
-        if (self.resize == "keep") != (self.size is None):
-            raise ConfigError(
-                "--resize and --size go together", "give both, for example --resize shorter --size 512"
-            )
         if set("*?[]") & set(str(self.out)) or "::" in f"{self.out}{self.source.path}":
             raise ConfigError(
                 f"{self.out}: img2dataset reads *, ?, [, ] and :: in names as patterns",
@@ -69,21 +66,18 @@ class Download:
             )
 
     def arguments(self) -> list[str]:
-        """Returns the arguments of img2dataset.
-
-        As Python literals: it would take a folder called 2024 for a number.
-        """
+        """Returns the arguments of img2dataset; names quoted, it would take a folder 2024 for a number."""
         flags: dict[str, Any] = {
-            "url_list": os.path.abspath(self.source.path),
+            "url_list": _quoted(os.path.abspath(self.source.path)),
             "input_format": self.source.kind,
-            "output_folder": os.path.abspath(self.out),
+            "output_folder": _quoted(os.path.abspath(self.out)),
             "output_format": "webdataset",
-            "url_col": self.columns.url,
-            "caption_col": self.columns.caption,
-            "save_additional_columns": list(self.columns.kept) or None,
+            "url_col": _quoted(self.columns.url),
+            "caption_col": None if self.columns.caption is None else _quoted(self.columns.caption),
+            "save_additional_columns": _quoted(self.columns.kept) if self.columns.kept else None,
             # Its default pads every picture to a square with white borders.
-            "resize_mode": RESIZES[self.resize],
-            "image_size": self.size,
+            "resize_mode": "no" if self.resize is None else RESIZE_MODES[self.resize_mode],
+            "image_size": self.resize,
             "resize_only_if_bigger": True,
             "skip_reencode": True,
             "number_sample_per_shard": self.per_shard,
@@ -95,7 +89,7 @@ class Download:
             # Places and names of people, of no use to training.
             "extract_exif": False,
         }
-        return [f"--{name}={value!r}" for name, value in flags.items() if value is not None]
+        return [f"--{name}={value}" for name, value in flags.items() if value is not None]
 
     def identity(self) -> dict[str, Any]:
         """Returns what the shards depend on, JSON-able."""
@@ -107,9 +101,14 @@ class Download:
             **asdict(self.columns),
             "kept": list(self.columns.kept),
             "resize": self.resize,
-            "size": self.size,
+            "resize_mode": self.resize_mode,
             "per_shard": self.per_shard,
         }
+
+
+def _quoted(value: Any) -> str:
+    """A text or a list of texts as JSON, which is how Python writes them as well."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def command_of(download: Download) -> list[str]:
@@ -186,8 +185,8 @@ def _statistics(out: Path) -> Iterator[tuple[Path, int, dict[str, Any] | None]]:
             continue
         try:
             stats = json.loads(path.read_bytes())
-            whole = all(isinstance(stats[name], int) for name in ("count", "successes")) and isinstance(
-                stats["status_dict"], dict
+            whole = isinstance(stats["status_dict"], dict) and all(
+                isinstance(stats[name], int) for name in _COUNTS
             )
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
@@ -218,11 +217,11 @@ def run_download(
             f"img2dataset ended with exit code {code}" + (f": {last}" if last else ""),
             "see what it said above; the same command continues after the shards that are finished",
         )
-    if not found.successes:
+    if found.rows and not found.successes:
         words, count = next(iter(found.failures), ("no reason given", found.rows))
         raise DataError(
-            f"none of {found.rows:,} addresses gave a picture, {count:,} times: {words}",
-            "check the column of addresses (--url-col) and the connection; for another attempt take another "
+            f"no picture came from any of {found.rows:,} rows, {count:,} times: {words}",
+            "check the column of addresses (--url-key) and the connection; for another attempt take another "
             "folder, this one keeps what failed",
         )
     if found.unfinished:
@@ -231,6 +230,8 @@ def run_download(
             f"{len(found.unfinished):,} shards are unfinished: {first}",
             "run the same command again: finished shards are kept",
         )
+    if not found.rows:
+        raise DataError("img2dataset found no row to download", "give a list with at least one address")
     return found
 
 
@@ -245,27 +246,38 @@ def _claimed(out: Path, identity: Mapping[str, Any]) -> Iterator[int]:
             f"{out}: cannot be written ({error.strerror})", "choose a folder you may write to"
         ) from error
     try:
+        _lock(descriptor, out)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{out}: another download is writing there", "wait for it, or end it first"
-            ) from error
-        _check_record(out, identity)
+            _check_record(out, identity)
+        except ConfigError:
+            if not os.fstat(descriptor).st_size:
+                (out / RECORD).unlink()  # a folder that is refused stays as it was
+            raise
         with open(descriptor, "r+", encoding="utf-8", closefd=False) as record:
             record.truncate()
             record.write(json.dumps(identity, ensure_ascii=False))
         yield descriptor
     finally:
-        if not os.fstat(descriptor).st_size:  # refused: nothing of ours stays
-            (out / RECORD).unlink()
         os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{out}: another download is writing there", "wait for it, or end it first"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be locked ({error.strerror})", "choose a folder of a file system that has locks"
+        ) from error
 
 
 def _check_record(out: Path, identity: Mapping[str, Any]) -> None:
     try:
-        before = json.loads((out / RECORD).read_text(encoding="utf-8") or "{}")
-    except ValueError:
+        before = dict(json.loads((out / RECORD).read_text(encoding="utf-8") or "{}"))
+    except (ValueError, TypeError):
         before = {}  # cut by a kill before anything was downloaded
     finished = [path for path, _, stats in _statistics(out) if stats is not None]
     if not finished:

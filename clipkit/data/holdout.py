@@ -5,7 +5,8 @@
     number   the n smallest hashes
 
 Samples with one key have one hash: wherever they stand they are held out together, or none of them. Where
-keys repeat, a number is therefore reached or exceeded, never missed. A pair held out of a set is also held
+keys repeat, a number is therefore reached or exceeded, never missed. Of several sources all samples count
+together, so each gives in proportion to its size. A pair held out of a set is also held
 out of any larger one by the same share; by the same number a larger set may give it back, and takes only
 pairs that it brings itself.
 """
@@ -34,7 +35,7 @@ from clipkit.data.scan import opened_walk
 from clipkit.data.source import changed
 from clipkit.data.tar_index import Index, replacing
 from clipkit.data.waiting import together
-from clipkit.types import ConfigError
+from clipkit.types import ConfigError, DataError
 
 _VERSION = 1
 _HASHES = 1 << 64
@@ -127,16 +128,22 @@ def shard_hashes(shard: str, count: int, digest: str, limit: int, storage: Stora
     """
     positions: list[int] = []
     hashes: list[int] = []
-    with opened_walk(shard, storage) as walked:
-        passed = 0
-        for span in walked.samples():
-            hashed = key_hash(span.key)
-            if hashed < limit:
-                positions.append(passed)
-                hashes.append(hashed)
-            passed += 1
-        if (passed, walked.digest) != (count, digest):
-            raise changed(shard, f"{passed} samples instead of {count}, or other ones")
+    passed = 0
+    try:
+        with opened_walk(shard, storage) as walked:
+            for span in walked.samples():
+                hashed = key_hash(span.key)
+                if hashed < limit:
+                    positions.append(passed)
+                    hashes.append(hashed)
+                passed += 1
+            found = walked.digest
+    except OSError as error:
+        raise DataError(
+            f"{shard}: cannot be read ({error.strerror or error})", "check the storage and try again"
+        ) from error
+    if (passed, found) != (count, digest):
+        raise changed(shard, f"{passed} samples instead of {count}, or other ones")
     return np.array(positions, dtype=np.int64), np.array(hashes, dtype=np.uint64)
 
 

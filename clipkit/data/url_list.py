@@ -206,11 +206,11 @@ def choose_columns(found: UrlList, url: str | None, caption: str | None, kept: S
         return Columns(url or "url", caption, tuple(kept))
     url = url or _named(columns, URL_COLUMNS)
     caption = caption or _named(columns, CAPTION_COLUMNS)
-    for option, name in (("--url-col", url), ("--caption-col", caption)):
+    for what, name in (("url", url), ("caption", caption)):
         if name is None:
             raise ConfigError(
-                f"{found.path}: no column is named like {option[2:-4]}s (found: {', '.join(columns)})",
-                f"name it with {option}",
+                f"{found.path}: no column is named like {what}s (found: {', '.join(columns)})",
+                f"name it with --{what}-key",
             )
     chosen = Columns(url or "", caption, tuple(kept) or (("uid",) if "uid" in columns else ()))
     _check(found, columns, chosen)

@@ -100,7 +100,14 @@ def _flags(arguments: Sequence[str]) -> dict[str, Any]:
     """The flags after `img2dataset`, each written as --name=value; fire reads the values as literals."""
     own = arguments[arguments.index("img2dataset") + 1 :]
     pairs = (flag.removeprefix("--").partition("=")[::2] for flag in own)
-    return {name: ast.literal_eval(value) for name, value in pairs}
+    return {name: _literal(value) for name, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -71,7 +71,9 @@ def good_rows(pictures: Path) -> Rows:
 
 
 def download(*arguments: str | Path) -> int:
-    return main(["data", "download", *map(str, arguments)])
+    """`arguments`: the list, the folder, options."""
+    urls, out, *options = map(str, arguments)
+    return main(["data", "download", urls, "--out", out, *options])
 
 
 def test_a_download_trains_as_it_is(
@@ -82,9 +84,11 @@ def test_a_download_trains_as_it_is(
     rows[4][1] = "http://127.0.0.1:1/torn.png"
     out = tmp_path / "out ü" / "2024"
     urls = table_of(tmp_path / "list.csv", rows)
-    assert download(urls, out, "--samples-per-shard", "3", "--resize", "shorter", "--size", "64") == 0
+    assert download(urls, out, "--samples-per-shard", "3", "--resize", "64", "--resize-mode", "longer") == 0
     said = capfd.readouterr()
-    assert "8 addresses in column 'URL', captions in 'TEXT', kept: uid" in said.out
+    assert "rows: 8, addresses: 'URL', captions: 'TEXT', kept: uid" in said.out
+    assert "--resize_mode=keep_ratio_largest" in json.loads((out / "arguments").read_text())
+    assert "--image_size=64" in json.loads((out / "arguments").read_text())
     assert re.search(r"^pairs +6 +75.0%$", said.out, re.MULTILINE)
     assert re.search(r"^  HTTP Error 404: Not Found +1$", said.out, re.MULTILINE)
     assert f"next: clipkit data check-shards {out}" in said.out
@@ -114,12 +118,12 @@ def test_what_img2dataset_is_asked_for(
     assert download(urls, out, "--workers", "3") == 0
     assert json.loads((out / "arguments").read_text()) == command[1:]
     for flag in (
-        "--input_format='tsv'",
-        "--output_format='webdataset'",
-        "--url_col='URL'",
-        "--caption_col='TEXT'",
-        "--save_additional_columns=['uid']",
-        "--resize_mode='no'",
+        "--input_format=tsv",
+        "--output_format=webdataset",
+        '--url_col="URL"',
+        '--caption_col="TEXT"',
+        '--save_additional_columns=["uid"]',
+        "--resize_mode=no",
         "--skip_reencode=True",
         "--processes_count=3",
         "--retries=2",
@@ -151,7 +155,7 @@ def test_the_same_command_continues(
     (out / "00002.tar").unlink()
     assert download(*every) == 0
     assert (out / "00002.tar").is_file()
-    for other in (("--samples-per-shard", "4"), (*every[2:], "--caption-col", "uid")):
+    for other in (("--samples-per-shard", "4"), (*every[2:], "--caption-key", "uid")):
         assert download(urls, out, *other) == 2
     assert "shards of another list or of other options: per_shard 3 -> 4" in capfd.readouterr().err
     assert json.loads((out / "sizes.json").read_text())["00000.tar"] == 3
@@ -170,12 +174,24 @@ def test_unfinished_shards_are_a_failure(
     assert json.loads((out / "sizes.json").read_text()) == {"00000.tar": 3, "00002.tar": 2}
 
 
+def test_a_download_that_dies_at_once_says_so(
+    stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    urls = table_of(tmp_path / "list.csv", [["u", "crash", "text"]])
+    assert download(urls, tmp_path / "out") == 1
+    assert "img2dataset ended with exit code 1" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "sizes.json").exists()
+    urls = table_of(tmp_path / "other.csv", [["u", "partial", "text"]])
+    assert download(urls, tmp_path / "other") == 1
+    assert "1 shards are unfinished: 00000" in capfd.readouterr().err
+
+
 def test_nothing_fetched_is_bad_data(
     stand_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = [["u", f"https://host/404/{number}", "text"] for number in range(5)]
     assert download(table_of(tmp_path / "list.csv", rows), tmp_path / "out") == 3
-    assert "none of 5 addresses gave a picture, 5 times: HTTP Error 404" in capfd.readouterr().err
+    assert "no picture came from any of 5 rows, 5 times: HTTP Error 404" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -186,7 +202,7 @@ def test_an_ended_download_leaves_nobody_behind(
     rows[5][1] = str(tmp_path / "asleep")
     out = tmp_path / "out"
     urls = table_of(tmp_path / "list.csv", rows)
-    arguments = ["data", "download", str(urls), str(out), "--samples-per-shard", "3"]
+    arguments = ["data", "download", str(urls), "--out", str(out), "--samples-per-shard", "3"]
     command = [sys.executable, "-m", "clipkit", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None
@@ -218,7 +234,7 @@ def _reads(pid: int, out: str) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return f"--output_folder={out!r}".encode() in words
+    return f'--output_folder="{out}"'.encode() in words
 
 
 def test_without_uv_there_is_a_cure(
@@ -249,8 +265,7 @@ def test_folders_that_are_not_its_own(
     assert "notes.json: img2dataset takes every .json file" in capsys.readouterr().err
     assert download(urls, tmp_path / "a[1]") == 2
     assert download(urls, tmp_path / "list.csv") == 2
-    assert download(urls, tmp_path / "out", "--size", "64") == 2
-    assert "--resize and --size go together" in capsys.readouterr().err
+    assert download(urls, tmp_path / "out", "--resize", "0") == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import clipkit.data.holdout as holdout
 from clipkit.data.holdout import kept_samples
 from clipkit.data.indexing import build_index
 from clipkit.data.kept import Kept
-from clipkit.data.loader import LoaderOptions, Source
+from clipkit.data.loader import CaptionField, LoaderOptions, Source, open_train
 from clipkit.data.source import expand_shards
 from clipkit.data.tar_index import Index
 from clipkit.dist import World
@@ -232,6 +233,29 @@ def test_bad_pairs_and_missing_captions_are_counted(tmp_path: Path) -> None:
         f"{held[2]:06d}": "bad image",
         f"{held[5]:06d}": "empty caption",
     }
+
+
+def test_every_caption_that_may_be_drawn_is_evaluated(tmp_path: Path) -> None:
+    """Entries of a list, lines where they are captions, several fields; equal ones once, empty ones never."""
+    fields = json.dumps({"all": ["one", " ", None, "two"], "one": "one"}).encode()
+    samples = [[*good(number), (f"{number:06d}.json", fields)] for number in range(12)]
+    for members in samples:
+        members[1] = (members[1][0], b"first line\n\n second\n")
+    write_tar(tmp_path / "0.tar", samples)
+
+    def captions(*entries: CaptionField) -> set[tuple[str, ...]]:
+        source = Source(str(tmp_path), entries)
+        opened = open_train(LoaderOptions(source, 4, 0, holdout=5), [], [], World())
+        (held,) = opened.held_pairs()
+        assert len(held.ids) + len(held.refused) == 5
+        return {*held.captions}
+
+    assert captions(CaptionField("json.all")) == {("one", "two")}
+    assert captions(CaptionField("txt")) == {("first line\n\n second",)}
+    assert captions(CaptionField("txt", lines=True)) == {("first line", "second")}
+    mixed = (CaptionField("json.none"), CaptionField("json.one"), CaptionField("json.all", 3.0))
+    assert captions(*mixed) == {("one", "two")}
+    assert captions(CaptionField("json.none")) == set()
 
 
 def test_what_cannot_be_held_out_is_refused_with_a_cure(tmp_path: Path) -> None:

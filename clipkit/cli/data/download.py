@@ -19,40 +19,55 @@ if TYPE_CHECKING:
 _SHOWN = 10  # kinds of failure
 
 
-class Resize(StrEnum):
-    """Which side of a picture gets the size."""
+class ResizeMode(StrEnum):
+    """The side that `--resize` is for."""
 
     shorter = "shorter"
     longer = "longer"
-    keep = "keep"
+
+
+ListArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="LIST",
+        show_default=False,
+        help="A .parquet, .csv, .tsv, .jsonl, .json or .txt list of addresses, or a folder of them.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)]
+UrlKeyOption = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Column of addresses.  [default: url, image_url, ...]")
+]
+CaptionKeyOption = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Column of captions.  [default: caption, text, ...]")
+]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN", help="Stored in KEY.json; repeatable.  [default: uid, if there is one]"),
+]
+ResizeOption = Annotated[
+    int | None, typer.Option(min=1, metavar="PIXELS", help="Length of a side; smaller images stay.")
+]
+ResizeModeOption = Annotated[ResizeMode, typer.Option(help="The side --resize is for.")]
+SamplesOption = Annotated[int, typer.Option(min=2, metavar="N", help="Rows of the list in a shard.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="Addresses at a time, per process.")]
+RetriesOption = Annotated[int, typer.Option(min=0, help="Further attempts per address.")]
+TimeoutOption = Annotated[int, typer.Option(min=1, help="Seconds until an attempt is given up.")]
 
 
 def download(
-    urls: Annotated[
-        Path,
-        typer.Argument(
-            metavar="LIST",
-            show_default=False,
-            help="A .parquet, .csv, .tsv, .jsonl, .json or .txt list of addresses, or a folder of them.",
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The folder of the shards.")],
-    url_col: Annotated[str | None, typer.Option(help="Column of the addresses; found by its name.")] = None,
-    caption_col: Annotated[
-        str | None, typer.Option(help="Column of the captions; found by its name.")
-    ] = None,
-    keep_col: Annotated[
-        list[str] | None, typer.Option(help="A column to keep in the .json of a sample; uid by default.")
-    ] = None,
-    resize: Annotated[
-        Resize, typer.Option(help="Make larger pictures smaller by this side, to --size.")
-    ] = Resize.keep,
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels of the side that --resize names.")] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=2, help="Rows of the list in a shard.")] = 10_000,
+    urls: ListArgument,
+    out: OutOption,
+    url_key: UrlKeyOption = None,
+    caption_key: CaptionKeyOption = None,
+    keep: KeepOption = None,
+    resize: ResizeOption = None,
+    resize_mode: ResizeModeOption = ResizeMode.shorter,
+    samples_per_shard: SamplesOption = 10_000,
     workers: WorkersOption = 2,
-    threads: Annotated[int, typer.Option(min=1, help="Addresses at a time, per process.")] = 64,
-    retries: Annotated[int, typer.Option(min=0, help="Further attempts per address.")] = 2,
-    timeout: Annotated[int, typer.Option(min=1, help="Seconds until an attempt is given up.")] = 10,
+    threads: ThreadsOption = 64,
+    retries: RetriesOption = 2,
+    timeout: TimeoutOption = 10,
     dry_run: DryRunOption = False,
 ) -> None:
     """Download pictures and captions into shards that train as they are; exit 3 when nothing came.
@@ -60,15 +75,24 @@ def download(
     Runs a pinned img2dataset through uv, without its white borders, and continues where it was interrupted.
     Failures by reason are in OUT/download.json, counts in OUT/sizes.json; every row is in the .parquet files.
 
-    Example: clipkit data download laion.parquet shards/ --resize shorter --size 512 --workers 16
+    Example: clipkit data download laion.parquet --out shards --resize 512 --workers 16
     """
     from clipkit.data.download import Download, run_download, shown_command
     from clipkit.data.url_list import choose_columns, read_list
 
     source = read_list(urls)
-    columns = choose_columns(source, url_col, caption_col, keep_col or ())
+    columns = choose_columns(source, url_key, caption_key, keep or ())
     asked = Download(
-        source, columns, out, resize.value, size, samples_per_shard, workers, threads, retries, timeout
+        source,
+        columns,
+        out,
+        resize,
+        resize_mode.value,
+        samples_per_shard,
+        workers,
+        threads,
+        retries,
+        timeout,
     )
     _announce(asked)
     say(shown_command(asked))
@@ -89,12 +113,11 @@ def _remark(line: str) -> None:
 
 def _announce(asked: Download) -> None:
     rows = asked.source.rows
-    count = "addresses" if rows is None else f"{sum(rows):,} addresses"
+    count = "rows not counted" if rows is None else f"rows: {sum(rows):,}"
     columns = asked.columns
     kept = f", kept: {', '.join(columns.kept)}" if columns.kept else ""
-    say(f"{count} in column {columns.url!r}, captions in {columns.caption!r}{kept}")
-    if columns.caption is None:
-        say("no captions: the samples hold pictures only")
+    captions = "none: samples hold pictures only" if columns.caption is None else f"{columns.caption!r}"
+    say(f"{count}, addresses: {columns.url!r}, captions: {captions}{kept}")
 
 
 def _show(asked: Download) -> None:
