@@ -10,7 +10,8 @@ step g, which is coprime to M. So
 
 The rows of a batch are cut into as many equal spans as a source has lanes; a span takes its samples from its
 own lane, one after the other, and goes over to the next epoch of the source where the lane ends. That is the
-same for every number of ranks and workers, and any batch can be the first.
+same for every number of ranks and workers, and any batch can be the first. Lanes end within a few batches of
+each other; only in those can a batch hold a sample twice.
 
 The step g is near M / phi, so that the sources of a row alternate as evenly as can be (Kronecker sequence of
 the golden ratio), and neighbouring rows stand far apart, so that every rank gets its part of every source.

@@ -333,16 +333,16 @@ def _orders(
     lanes = saved_lanes(options, saved)
     kept = saved.get("sources", ()) if saved is not None else ()
     sizes: list[tuple[int, int, int]] = []
-    if lanes is not None and len(kept) == len(opened):
+    counts = [source.kept.num_samples for source in opened]
+    if lanes is not None and [e.get("num_samples") for e in kept] == counts:
         sizes = [(int(e["lanes"]), int(e["chunk_size"]), int(e["window_chunks"])) for e in kept]
     else:
         lanes = options.lanes or default_lanes(
             options.batch_size, world.size, min(affordable), options.uneven
         )
-        for source, samples in zip(opened, affordable, strict=True):
-            count, stride = source.kept.num_samples, source.kept.index.stride
+        for source, count, samples in zip(opened, counts, affordable, strict=True):
             own = source_lanes(count, lanes)
-            chunks = default_chunks(count, own, -(-own // world.size), samples, stride)
+            chunks = default_chunks(count, own, -(-own // world.size), samples, source.kept.index.stride)
             sizes.append((own, *chunks))
     return lanes, [
         # One sample of each lane makes a batch of the source's own order.
