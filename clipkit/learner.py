@@ -6,7 +6,7 @@ Nothing else is called on the wrapped module while training, so DDP, FSDP and au
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from clipkit import dist
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import Towers
-from clipkit.objectives import Objective
+from clipkit.objectives import Objective, needs_of
 from clipkit.objectives.distill import Distill
 from clipkit.objectives.margin import Margin
 from clipkit.objectives.paired import Paired, UniCl
@@ -251,14 +251,6 @@ def repels(part: Objective) -> bool:
 def named(tensors: Tensors, prefix: str) -> Tensors:
     """Returns the entries whose name starts with `prefix`, without it."""
     return {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def needs_of(objectives: Iterable[Objective]) -> Needs:
-    """Returns the union of what objectives declare; raises ConfigError where they contradict each other."""
-    needs = Needs()
-    for part in objectives:
-        needs = needs | part.needs
-    return needs
 
 
 def freeze_unused(learner: Learner, batch: Batch) -> list[str]:

@@ -77,7 +77,7 @@ class Batch:
     stored    name -> (B, Dn) precomputed embeddings
     labels    name -> int64 (B,)
     present   name -> bool (B,), False where an optional field is absent
-    ids       int64 (B,), identity of the sample in its source
+    ids       int64 (B,), identity of the sample, other ones in every source
     slots     int64 (B,), position of the row in its epoch (what augmentation seeds derive from)
     keys      sample keys, for messages
     shares    rows of the global batch on every rank, () where all hold equally many

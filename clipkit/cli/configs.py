@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipkit.cli.output import say, table
-from clipkit.types import ConfigError
+from clipkit.types import ClipkitError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from clipkit.config import Config
+    from clipkit.types import Needs
 
 app = typer.Typer(help="List, show and check configurations.", no_args_is_help=True, rich_markup_mode=None)
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -68,12 +72,40 @@ def show(
     say(*load_config(config, overrides or []).dump().rstrip().split("\n"))
 
 
+def _look(config: Config, needs: Needs) -> list[str]:
+    """What a few samples of every source hold; nothing of those that are not on this machine."""
+    from clipkit.data import preflight
+    from clipkit.data.raw.reading import raw_path
+    from clipkit.data.source import expand_shards, is_remote, needs_stream
+
+    lines: list[str] = []
+    for number, entry in enumerate(config.data.train):
+        source = entry.source
+        if raw_path(source.shards) is not None:
+            continue  # its shards are made when a run begins
+        try:
+            shards = expand_shards(source.shards, allow_pipe=config.data.allow_pipe)
+        except DataError:
+            continue
+        if any(is_remote(shard) or needs_stream(shard) or not Path(shard).is_file() for shard in shards):
+            continue
+        wanted = preflight.Wanted.of(needs, source)
+        found = preflight.look(shards, wanted)
+        preflight.check(found, wanted, f"data.train.{number}")
+        lines += preflight.describe(found, wanted)
+    return lines
+
+
 @app.command("validate")
 def validate(paths: Paths = None) -> None:
-    """Check configurations completely, objectives and their options included; exit 2 on a problem."""
+    """Check configurations completely, objectives and their options included; exit 2 on a problem.
+
+    Where the shards are on this machine, a few of their samples are looked at too: a caption field or label
+    that none of them holds is a problem.
+    """
     from clipkit.config import ConfigErrors, load_config
     from clipkit.config.problems import Origin, Problem
-    from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size
+    from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, needs_of
 
     problems: list[Problem] = []
     files = _files(paths)
@@ -81,12 +113,14 @@ def validate(paths: Paths = None) -> None:
         try:
             checked = load_config(path)
             entries = [{"name": e.name, "weight": e.weight, **e.options} for e in checked.objectives]
-            check_batch_size(build_objectives(entries, OBJECTIVES), checked.data.batch_size)
+            objectives = build_objectives(entries, OBJECTIVES)
+            check_batch_size(objectives, checked.data.batch_size)
+            lines = _look(checked, needs_of(part for part, _ in objectives.values()))
         except ConfigErrors as error:
             problems += error.problems
-        except ConfigError as error:
+        except ClipkitError as error:
             problems.append(Problem(Origin(str(path)), error.cause, error.cure))
         else:
-            say(f"{_near(path)}: valid")
+            say(f"{_near(path)}: valid", *(f"  {line}" for line in lines))
     if problems:
         raise ConfigErrors(problems)

@@ -29,6 +29,7 @@ from clipkit.config.values import (
     default_workers,
     refuse,
 )
+from clipkit.data.options import CaptionField, Source, Storage
 from clipkit.data.recipes import read_recipes
 from clipkit.types import ConfigError
 
@@ -145,6 +146,19 @@ class SourceConfig(Section):
             raise refuse(f"the field {', '.join(twice)} is named twice", "name it once, with a larger weight")
         return value
 
+    @property
+    def source(self) -> Source:
+        """Returns the section as the loader takes it."""
+        return Source(
+            shards=self.shards,
+            captions=tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in self.captions),
+            weight=self.weight,
+            missing=self.missing,
+            name=self.name,
+            image_root=self.image_root,
+            image_key=self.image_key,
+        )
+
 
 class StorageConfig(Section):
     """Where s3:, gs: and hf: addresses lead: an endpoint of your own, a region, a profile with the keys."""
@@ -152,6 +166,11 @@ class StorageConfig(Section):
     endpoint: Text | None = None
     region: Text | None = None
     profile: Text | None = None
+
+    @property
+    def storage(self) -> Storage:
+        """Returns the section as the loader takes it."""
+        return Storage(self.endpoint, self.region, self.profile)
 
 
 class DataConfig(Section):

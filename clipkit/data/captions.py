@@ -15,10 +15,35 @@ from typing import Any, Literal, NamedTuple
 from clipkit.data.options import CaptionField
 from clipkit.data.order import hash_key
 from clipkit.data.sample import Absent, RawSample, caption, caption_entries, checked_caption
-from clipkit.data.text import CaptionSource
 
 COUNTED = "captions"
 FELL_BACK = "captions_fallback"
+CAPTION_LABEL = "caption"
+
+
+class CaptionSource(NamedTuple):
+    """Which caption of a sample is meant.
+
+    field None: the caption drawn for its slot; entry n: the n-th one after it in the same field.
+    Otherwise entry: of the lines or list of that field, None: the whole.
+    """
+
+    field: str | None = None
+    entry: int | None = None
+
+
+DRAWN = CaptionSource()
+
+
+def label_source(label: str) -> CaptionSource | None:
+    """Returns the caption whose equality makes the label: the drawn one for "caption", that of FIELD for
+    "caption:FIELD"; None for labels that are fields themselves.
+    """
+    kind, _, field = label.partition(":")
+    if kind != CAPTION_LABEL:
+        return None
+    # As a view of that field reads it: its first caption.
+    return CaptionSource(field, 0) if field else DRAWN
 
 
 class Drawn(NamedTuple):
@@ -97,6 +122,11 @@ def _usable(sample: RawSample, entry: CaptionField) -> list[Any]:
 
 def _blank(text: Any) -> bool:
     return text is None or (isinstance(text, str) and not text.removeprefix("\ufeff").strip())
+
+
+def slot_key(seed: int, epoch: int, slot: int) -> int:
+    """Returns the key from which the random choices of a slot follow."""
+    return hash_key(seed, epoch, "caption", slot)
 
 
 def _uniform(key: int, *parts: str | int) -> float:

@@ -36,13 +36,13 @@ def open_continued(
             raise
         changed = problem.cause
     else:
-        stream.renumber(saved, saved["batch_in_epoch"], options.seed)
+        stream.renumber(saved["step"], saved["epoch"], saved["batch_in_epoch"], options.seed)
         return stream
     if when_changed == "continue_reseeded":
         kept = replace(options, seed=hash_key(options.seed, "continued", saved["step"]))
     else:
         kept = options
     stream = opener(kept, None)
-    stream.renumber(saved, 0, options.seed)
+    stream.renumber(saved["step"], saved["epoch"], 0, options.seed)
     stream.changed = changed
     return stream

@@ -11,15 +11,18 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from clipkit import dist
-from clipkit.data.captions import CaptionRules
+from clipkit.data.caption_survey import CaptionSurvey, survey_captions
+from clipkit.data.captions import DRAWN, CaptionRules
 from clipkit.data.held_pairs import HeldOut, HeldPairs, read_held
 from clipkit.data.holdout import kept_samples
 from clipkit.data.http_ranges import NoRanges
+from clipkit.data.mixture_survey import MixtureSurvey
 from clipkit.data.options import CaptionField, LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, divisors
 from clipkit.data.position import PositionChangedError, check_position, order_sizes
@@ -50,10 +53,12 @@ class TrainStream:
     held             what is held out of every source, () for nothing
     on_indexing      called with a line when the first epoch of `data.index: lazy` is over and what is left of
                      the set is about to be indexed, which may take long
+    survey           counts captions and those that repeat, where they are read and can be found by an index
     """
 
     changed: str | None = None
     held: tuple[HeldOut, ...] = ()
+    survey: Callable[[], CaptionSurvey | MixtureSurvey] | None = None
 
     def __init__(
         self,
@@ -92,13 +97,12 @@ class TrainStream:
         self._running = running
         return running
 
-    def renumber(self, saved: dict[str, Any], batch_in_epoch: int, config_seed: int) -> None:
-        """Lets the step of a saved position take that batch of its epoch; changes what `batches` and `state`
-        return.
+    def renumber(self, step: int, epoch: int, batch_in_epoch: int, config_seed: int) -> None:
+        """Lets `step` of the run take that batch of `epoch`; changes what `batches` and `state` return.
 
         config_seed: what the configuration says, where the order has a seed of its own since.
         """
-        self._shift = self._batch_number(saved["epoch"], batch_in_epoch) - int(saved["step"])
+        self._shift = self._batch_number(epoch, batch_in_epoch) - step
         self._position["config_seed"] = config_seed
 
     def _batch_number(self, epoch: int, batch_in_epoch: int) -> int:
@@ -130,10 +134,6 @@ class TrainStream:
         """Returns whether the batch before step `step` of the run is known to have ended an epoch."""
         assert self.steps_per_epoch is not None
         return (step + self._shift) % self.steps_per_epoch == 0
-
-    def contributions(self, step: int) -> dict[str, int]:
-        """Returns how many samples of each source of a mixture the run has seen before `step`, by name."""
-        return {}
 
     def describe_sources(self, total_steps: int) -> list[str]:
         """Returns a line about each source of a mixture in a run of so many steps."""
@@ -340,4 +340,6 @@ def _open_indexed(
     )
     if kept.sha:
         stream.held = (HeldOut(kept, options.sources[0].captions),)
+    if DRAWN in recipe.sources:
+        stream.survey = partial(survey_captions, index, source, recipe.captions, options.seed)
     return stream

@@ -10,7 +10,8 @@ step g, which is coprime to M. So
 
 The rows of a batch are cut into as many equal spans as a source has lanes; a span takes its samples from its
 own lane, one after the other, and goes over to the next epoch of the source where the lane ends. That is the
-same for every number of ranks and workers, and any batch can be the first.
+same for every number of ranks and workers, and any batch can be the first. Lanes end within a few batches of
+each other; only in those can a batch hold a sample twice.
 
 The step g is near M / phi, so that the sources of a row alternate as evenly as can be (Kronecker sequence of
 the golden ratio), and neighbouring rows stand far apart, so that every rank gets its part of every source.
@@ -31,6 +32,7 @@ from clipkit.data.order import Ids, divisors, hash_key
 from clipkit.types import ConfigError
 
 MIXTURE_VERSION = 1
+SAMPLES = "samples"  # samples/SOURCE counts those of a source
 MAX_PARTS = 1_000_000
 MIN_LANE = (
     16  # samples of a lane where a source has enough of them: the last ones of a lane wait for an epoch

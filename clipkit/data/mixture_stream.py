@@ -10,17 +10,20 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from clipkit import dist
+from clipkit.data.captions import DRAWN
 from clipkit.data.held_pairs import HeldOut
 from clipkit.data.holdout import kept_samples
 from clipkit.data.http_ranges import NoRanges
 from clipkit.data.kept import Kept
 from clipkit.data.loader import TrainStream
-from clipkit.data.mixture import MIXTURE_VERSION, Mixture, parts_of, source_lanes
+from clipkit.data.mixture import MIXTURE_VERSION, SAMPLES, Mixture, parts_of, source_lanes
+from clipkit.data.mixture_survey import survey_mixture
 from clipkit.data.options import LoaderOptions, Source
 from clipkit.data.order import ORDER_VERSION, Order, default_chunks, default_lanes, hash_key
 from clipkit.data.position import saved_lanes
@@ -77,7 +80,8 @@ class MixtureReader(RowBuilder):
 
     def _row(self, source: int, place: Place, epoch: int, slot: int) -> Row:
         row = self.readers[source].row(place, epoch, slot)
-        counted = tuple(_of_source(self.names[source], name) for name in row.content.counted)
+        name = self.names[source]
+        counted = (f"{SAMPLES}/{name}", *(_of_source(name, each) for each in row.content.counted))
         return row._replace(
             sample_id=row.sample_id + int(self.first_id[source]),
             content=row.content._replace(counted=counted),
@@ -113,36 +117,18 @@ class MixtureStream(TrainStream):
         self._mixture = reader.mixture
         self._names = reader.names
         self._sizes = tuple(int(source["num_samples"]) for source in position["sources"])
-        self._before: dict[str, int] = dict.fromkeys(self._names, 0)
-        self._from = (0,) * len(self._names)
 
     @property
     def counted(self) -> tuple[str, ...]:
         """The names that `Batch.counts` may hold."""
-        return tuple(
-            _of_source(source, name)
-            for source, reader in zip(self._names, self._readers, strict=True)
-            for name in reader.recipe.captions.counted
+        return (
+            *(f"{SAMPLES}/{source}" for source in self._names),
+            *(
+                _of_source(source, name)
+                for source, reader in zip(self._names, self._readers, strict=True)
+                for name in reader.recipe.captions.counted
+            ),
         )
-
-    def renumber(self, saved: dict[str, Any], batch_in_epoch: int, config_seed: int) -> None:
-        """As for every stream; contributions go on from those of the saved position."""
-        super().renumber(saved, batch_in_epoch, config_seed)
-        # The weights may be others since: what was seen before is known from the position alone.
-        self._before |= saved.get("contributions", {})
-        self._from = self._mixture.totals(int(saved["step"]) + self._shift)
-
-    def contributions(self, step: int) -> dict[str, int]:
-        """Returns how many samples of each source the run has seen before `step`, by name."""
-        totals = self._mixture.totals(step + self._shift)
-        since = {
-            name: total - begun for name, total, begun in zip(self._names, totals, self._from, strict=True)
-        }
-        return {name: count + since.get(name, 0) for name, count in self._before.items()}
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Returns the JSON-able position before global batch `step`, and what defines the order."""
-        return super().state(step) | {"contributions": self.contributions(step)}
 
     def summary(self) -> str:
         """Returns a line about size and order."""
@@ -150,10 +136,10 @@ class MixtureStream(TrainStream):
 
     def describe_sources(self, total_steps: int) -> list[str]:
         """Returns a line about each source in a run of so many steps."""
-        seen = self.contributions(total_steps)
+        totals = self._mixture.totals(total_steps)
         return [
-            f"source {name}: {size:,} samples, {self._share(number)}, seen {seen[name] / size:.3g} times"
-            for number, (name, size) in enumerate(zip(self._names, self._sizes, strict=True))
+            f"source {name}: {size:,} samples, {self._share(number)}, seen {total / size:.3g} times"
+            for number, (name, size, total) in enumerate(zip(self._names, self._sizes, totals, strict=True))
         ]
 
     def _share(self, number: int) -> str:
@@ -212,26 +198,36 @@ def open_mixture(
             for part, source, order in zip(mixture.parts, opened, orders, strict=True)
         ],
     }
-    banner = {
-        "samples": total,
-        "shards": sum(len(source.kept.index.shards) for source in opened),
-        "exact": True,
-        "lanes": lanes,
-        "sources": dict(zip((source.name for source in opened), position["sources"], strict=True)),
-        "ignored_members": sum(source.kept.index.ignored for source in opened),
-        "index": [source.kept.index.file or "in memory" for source in opened],
-        **({"held_out": sum(len(source.kept.held) for source in opened)} if options.holdout else {}),
-    }
     names = [source.name for source in opened]
     reader = MixtureReader(mixture, names, readers, total // options.batch_size)
     ranges = RowRanges(options.batch_size, lanes, world, options.workers, options.uneven)
-    stream = MixtureStream(reader, ranges, options, position, banner)
+    stream = MixtureStream(reader, ranges, options, position, _banner(opened, position))
     stream.held = tuple(
         HeldOut(opening.kept, source.captions)
         for opening, source in zip(opened, options.sources, strict=True)
         if len(opening.kept.held)
     )
+    if DRAWN in recipes[0].sources:
+        read = [
+            (source.kept.index, source.bytes, recipe.captions)
+            for source, recipe in zip(opened, recipes, strict=True)
+        ]
+        stream.survey = partial(survey_mixture, read, mixture.parts, options.seed)
     return stream
+
+
+def _banner(opened: Sequence[_Opened], position: dict[str, Any]) -> dict[str, Any]:
+    held_out = sum(len(source.kept.held) for source in opened)
+    return {
+        "samples": position["num_samples"],
+        "shards": sum(len(source.kept.index.shards) for source in opened),
+        "exact": True,
+        "lanes": position["lanes"],
+        "sources": dict(zip((source.name for source in opened), position["sources"], strict=True)),
+        "ignored_members": sum(source.kept.index.ignored for source in opened),
+        "index": [source.kept.index.file or "in memory" for source in opened],
+        **({"held_out": held_out} if held_out else {}),
+    }
 
 
 def _position(part: int, source: _Opened, order: Order) -> dict[str, Any]:
@@ -337,16 +333,16 @@ def _orders(
     lanes = saved_lanes(options, saved)
     kept = saved.get("sources", ()) if saved is not None else ()
     sizes: list[tuple[int, int, int]] = []
-    if lanes is not None and len(kept) == len(opened):
+    counts = [source.kept.num_samples for source in opened]
+    if lanes is not None and [e.get("num_samples") for e in kept] == counts:
         sizes = [(int(e["lanes"]), int(e["chunk_size"]), int(e["window_chunks"])) for e in kept]
     else:
         lanes = options.lanes or default_lanes(
             options.batch_size, world.size, min(affordable), options.uneven
         )
-        for source, samples in zip(opened, affordable, strict=True):
-            count, stride = source.kept.num_samples, source.kept.index.stride
+        for source, count, samples in zip(opened, counts, affordable, strict=True):
             own = source_lanes(count, lanes)
-            chunks = default_chunks(count, own, -(-own // world.size), samples, stride)
+            chunks = default_chunks(count, own, -(-own // world.size), samples, source.kept.index.stride)
             sizes.append((own, *chunks))
     return lanes, [
         # One sample of each lane makes a batch of the source's own order.

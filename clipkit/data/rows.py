@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipkit.data.captions import CaptionRules, SlotCaptions
+from clipkit.data.captions import DRAWN, CaptionRules, CaptionSource, SlotCaptions, label_source, slot_key
 from clipkit.data.order import hash_key, mix
 from clipkit.data.sample import Absent, RawSample, decode_image, image_bytes
 from clipkit.data.targets import Vector, caption_label, field_label, stored_vector
-from clipkit.data.text import ABSENT_CAPTION, DRAWN, EDA, CaptionSource, TextView, label_source
+from clipkit.data.text import ABSENT_CAPTION, EDA, TextView
 from clipkit.data.text_edits import eda
 from clipkit.data.views import ImageView
 from clipkit.types import Batch, ConfigError, Reject
@@ -143,7 +143,7 @@ class Recipe:
     def prepare(self, sample: RawSample, epoch: int, slot: int) -> Content:
         """Returns what this slot needs of a sample, the cheap parts checked first. Raises Unusable."""
         captions: dict[CaptionSource, str | None] = {}
-        read = SlotCaptions(self.captions, sample, hash_key(self.seed, epoch, "caption", slot))
+        read = SlotCaptions(self.captions, sample, slot_key(self.seed, epoch, slot))
         for source, optional in self.sources.items():
             try:
                 captions[source] = read.caption(source)

@@ -12,8 +12,8 @@ import random
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import IO, Any, cast
 
@@ -148,6 +148,13 @@ def read_samples(shards: Iterable[str], storage: Storage = DEFAULT_STORAGE) -> I
             raise DataError(
                 f"{shard}: cannot be read ({problem})", "check the shard or the command"
             ) from None
+
+
+def raw_samples(shards: Iterable[str], storage: Storage = DEFAULT_STORAGE) -> Generator[RawSample]:
+    """Yields the samples of all shards in turn. Raises DataError naming the shard."""
+    with closing(cast("Generator[dict[str, Any]]", read_samples(shards, storage))) as samples:
+        for members in samples:
+            yield _raw(members)
 
 
 @contextmanager

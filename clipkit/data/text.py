@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from clipkit.data.captions import CaptionSource
 from clipkit.data.recipes import suggestion
 from clipkit.types import ClipkitError, ConfigError, View
 
@@ -16,34 +16,8 @@ Tokenizer = Callable[[list[str]], Tensor]
 TRIM_MULTIPLE = 8
 EDA = "eda"
 TEXT_RECIPES = ("", "dropout", EDA)
-CAPTION_LABEL = "caption"
 # Tokenised where an optional caption is absent: rows of padding alone give NaN in towers that mask it.
 ABSENT_CAPTION = "a"
-
-
-class CaptionSource(NamedTuple):
-    """Which caption of a sample is meant.
-
-    field None: the caption drawn for its slot; entry n: the n-th one after it in the same field.
-    Otherwise entry: of the lines or list of that field, None: the whole.
-    """
-
-    field: str | None = None
-    entry: int | None = None
-
-
-DRAWN = CaptionSource()
-
-
-def label_source(label: str) -> CaptionSource | None:
-    """Returns the caption whose equality makes the label: the drawn one for "caption", that of FIELD for
-    "caption:FIELD"; None for labels that are fields themselves.
-    """
-    kind, _, field = label.partition(":")
-    if kind != CAPTION_LABEL:
-        return None
-    # As a view of that field reads it: its first caption.
-    return CaptionSource(field, 0) if field else DRAWN
 
 
 @dataclass(frozen=True, kw_only=True)

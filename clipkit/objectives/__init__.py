@@ -5,7 +5,7 @@ from clipkit.objectives.distill import Distill
 from clipkit.objectives.margin import PairMargin, Triplet
 from clipkit.objectives.paired import Clip, CyClip, SigLip, UniCl
 from clipkit.objectives.prototypes import Swav
-from clipkit.objectives.registry import build_objectives
+from clipkit.objectives.registry import build_objectives, needs_of
 from clipkit.objectives.teacher import Byol, Moco, Pcl
 from clipkit.objectives.two_view import BarlowTwins, Dcl, InfoNce, SimClr, SupCon
 
@@ -35,5 +35,6 @@ __all__ = [
     "Widths",
     "build_objectives",
     "check_batch_size",
+    "needs_of",
     "shared_scale",
 ]

@@ -7,14 +7,14 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from clipkit.objectives.base import Objective, check_number
-from clipkit.types import ConfigError
+from clipkit.types import ConfigError, Needs
 
 ENTRY_POINTS = "clipkit.objectives"
 
@@ -152,3 +152,11 @@ def build_objectives(
     if not built:
         raise ConfigError("the list `objectives` is empty", "add one, e.g. objectives: [{name: clip}]")
     return built
+
+
+def needs_of(objectives: Iterable[Objective]) -> Needs:
+    """Returns the union of what objectives declare; raises ConfigError where they contradict each other."""
+    needs = Needs()
+    for part in objectives:
+        needs = needs | part.needs
+    return needs

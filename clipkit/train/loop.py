@@ -16,6 +16,7 @@ from clipkit.checkpoint import CheckpointStore, StopSignals
 from clipkit.config import parse_interval
 from clipkit.data.rejects import RejectBudget
 from clipkit.log import RunLog, json_line
+from clipkit.train.contributions import Contributions
 from clipkit.train.evaluate import evaluate
 from clipkit.train.guards import Guard
 from clipkit.train.heartbeat import Heartbeat
@@ -69,6 +70,7 @@ class Loop:
     watch: Watch = field(init=False)
     guard: Guard = field(init=False)
     saver: Saver = field(init=False)
+    contributions: Contributions = field(init=False)
     evaluated_step: int = -1
     evaluated_at: float = field(default_factory=time.monotonic)
     trained: float = 0.0  # seconds of this process in steps and waiting for their data
@@ -77,6 +79,7 @@ class Loop:
         self.watch = Watch(self.run.bare, self.run.config.data.batch_size, self.log)
         self.guard = Guard(self.run, self.state, self.log)
         self.saver = Saver(self.run, self.store, self.log)
+        self.contributions = Contributions(self.run.stream.counted)
 
     def train(self, continue_rng: Callable[[], None]) -> None:
         """Runs from the state's step to the last one; `continue_rng` restores the generators."""
@@ -169,6 +172,7 @@ class Loop:
         state.step += 1
         state.samples += config.data.batch_size
         self.clock.samples += config.data.batch_size
+        self.contributions.add(batch)
         return result, self.guard.settle(result, batch)
 
     def _log(self, result: StepResult, batch: Batch) -> None:
@@ -182,9 +186,11 @@ class Loop:
         *totals, retries = dist.agree(
             [*(float(result.terms[name]) for name in names), float(self.clock.retries)], "sum"
         )
+        self.contributions.settle(state.counts)
         record: dict[str, float | int | str] = {
             "step": state.step,
             "samples": state.samples,
+            **state.counts,
             **{name: total / run.world.size for name, total in zip(names, totals, strict=True)},
             "lr": run.optimizer.param_groups[0]["lr"],
             "logit_scale": float(dist.whole(run.bare.towers.logit_scale.detach()).exp()),
@@ -200,8 +206,6 @@ class Loop:
             record["skipped"] = state.skipped
         if retries:
             record["read_retries"] = int(retries)
-        seen = run.stream.contributions(state.step)
-        record |= {f"samples/{name}": count for name, count in seen.items()}
         self.log.step(record)
         self.watch.record(state.step, record)
 
@@ -275,6 +279,7 @@ class Loop:
     def _save(self, must_succeed: bool) -> None:
         began = time.perf_counter()
         self.heartbeat.at(self.state.step, "saving a checkpoint")
+        self.contributions.settle(self.state.counts)
         self.saver.begin(self.state, self.budget)
         if must_succeed or not self.run.config.run.background_save:
             self.saver.settle(must_succeed)

@@ -15,6 +15,7 @@ from clipkit.data.rejects import RejectBudget
 from clipkit.dist import World
 from clipkit.export import exported_tensors, save_open_clip
 from clipkit.log import RunLog
+from clipkit.train.contributions import describe_counts
 from clipkit.train.evaluate import check_data
 from clipkit.train.heartbeat import Heartbeat
 from clipkit.train.loop import Loop, write_config
@@ -32,12 +33,13 @@ def pretrain(
     """Trains the model of `config` (a Config, a dict of its values, or the path of a YAML file).
 
     Writes config.yaml, metrics.jsonl, rejects.jsonl, checkpoints/, teachers/ (when objectives name fixed
-    ones) and export/ into the run directory and returns {"run_dir", "steps", "samples", "seconds",
-    "contributions" (samples seen of each source of a mixture), "metrics", "export"}. resume: "auto" continues
-    the directory's newest valid checkpoint at the very next sample, "never" refuses a directory that has one,
-    a path continues that checkpoint, of this run or of another one of the same configuration. dry_run builds
-    everything, runs a few steps, writes nothing but the index of the shards (of raw data the shards too), and
-    returns what the run would cost. Raises the ClipkitError family.
+    ones) and export/ into the run directory and returns {"run_dir", "steps", "samples", "seconds", "counts",
+    "metrics", "export"}, `counts` being samples by source of a mixture and captions by field where a source
+    names several. resume: "auto" continues the directory's newest valid checkpoint at the very next sample,
+    "never" refuses a directory that has one, a path continues that checkpoint, of this run or of another one
+    of the same configuration. dry_run builds everything, runs a few steps, writes nothing but the index of
+    the shards (of raw data the shards too), and returns what the run would cost. Raises the ClipkitError
+    family.
     """
     if isinstance(config, dict):
         config = make_config(config)
@@ -111,11 +113,10 @@ def _run(
                 if kept.cut:
                     log.append(kept.record, again=True)
             loop.train(lambda: continue_rng(run, found))
-        seen = run.stream.contributions(state.step)
-        if seen:
-            parts = (f"{name} {count:,} ({count / sum(seen.values()):.2%})" for name, count in seen.items())
-            log.note(f"samples by source: {', '.join(parts)}")
         exported = export_final(run)
+        state = loop.state
+        for line in describe_counts(state.counts):
+            log.note(line)
         log.note(f"done: {state.step} steps, {state.samples} samples; model in {exported}")
     finally:
         run.trackers.close()
@@ -125,7 +126,7 @@ def _run(
         "steps": state.step,
         "samples": state.samples,
         "seconds": state.seconds,
-        "contributions": seen,
+        "counts": dict(state.counts),
         "metrics": loop.metrics,
         "export": str(exported),
     }

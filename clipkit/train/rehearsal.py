@@ -29,6 +29,7 @@ def describe(run: Run) -> list[str]:
         f"{run.bare.towers.context_length} tokens",
         f"data: {stream.summary()}",
         *stream.describe_sources(run.total_steps),
+        *run.data_lines,
         f"length: {run.total_steps:,} steps of {config.data.batch_size} samples{micro}, "
         f"warm-up {run.warmup_steps}, lr {max(g['peak_lr'] for g in run.optimizer.param_groups):g}",
         f"can continue on these numbers of processes: {stream.describe_worlds()}",

@@ -8,7 +8,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,30 @@ from clipkit.config import Config, check_schedule, parse_interval
 from clipkit.data.continuing import open_continued
 from clipkit.data.engine import usable_processors
 from clipkit.data.loader import TrainStream, open_train
-from clipkit.data.options import CaptionField, LoaderOptions, Source, Storage
+from clipkit.data.options import LoaderOptions, Source
 from clipkit.data.order import check_shares
 from clipkit.data.raw import Rules
 from clipkit.data.raw.sharing import shards_of
 from clipkit.dist import World
 from clipkit.evaluation.holdout import holdout_notes, holdout_set
 from clipkit.evaluation.sets import RetrievalSet
-from clipkit.learner import Learner, freeze_unused, needs_of
+from clipkit.learner import Learner, freeze_unused
 from clipkit.log import StageProgress
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import TowerOptions, Towers, build
-from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, shared_scale
+from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, needs_of, shared_scale
 from clipkit.redaction import visible
-from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, teacher_notes, widths_of
+from clipkit.train.first_look import count_captions, look_at_data
+from clipkit.train.inputs import (
+    Teaching,
+    Views,
+    build_teachers,
+    build_views,
+    fake_batch,
+    teacher_notes,
+    widths_of,
+)
 from clipkit.train.sharding import shard
 from clipkit.train.trackers import Trackers
 from clipkit.types import ConfigError, Needs
@@ -55,7 +64,7 @@ class Run:
     """Everything a run holds: `learner` is the prepared module, `bare` the same module unwrapped.
 
     teacher_files: fixed teacher -> file -> {bytes, sha256} of what clipkit.train.teachers has stored of it;
-    holdout: the pairs of data.holdout.
+    data_lines: what the banner says about the samples; holdout: the pairs of data.holdout.
     """
 
     config: Config
@@ -69,6 +78,7 @@ class Run:
     total_steps: int
     warmup_steps: int
     notes: list[str] = field(default_factory=list)
+    data_lines: list[str] = field(default_factory=list)
     trackers: Trackers = field(init=False)
     teacher_files: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     holdout: RetrievalSet | None = None
@@ -153,11 +163,16 @@ def shortened(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
-    """Returns the towers of the configuration, and its objectives as label -> (objective, weight)."""
+def declare(config: Config) -> dict[str, Any]:
+    """Returns the objectives of the configuration as label -> (objective, weight), without their heads."""
     entries = [{"name": entry.name, "weight": entry.weight, **entry.options} for entry in config.objectives]
     objectives = build_objectives(entries, OBJECTIVES)
     check_batch_size(objectives, config.data.batch_size)
+    return objectives
+
+
+def build_towers(config: Config, objectives: dict[str, Any]) -> Towers:
+    """Returns the towers of the configuration, and gives its objectives their heads."""
     scale = shared_scale(objectives)
     model = config.model
     towers = build(
@@ -174,7 +189,7 @@ def build_towers(config: Config) -> tuple[Towers, dict[str, Any]]:
     widths = widths_of(towers)
     for part, _ in objectives.values():
         part.build(widths)
-    return towers, objectives
+    return towers
 
 
 def open_sources(config: Config, world: World) -> tuple[Source, ...]:
@@ -183,20 +198,8 @@ def open_sources(config: Config, world: World) -> tuple[Source, ...]:
     rules = Rules(
         None if data.cache is None else Path(data.cache), usable_processors(), data.max_reject_fraction
     )
-    sources = (
-        Source(
-            source.shards,
-            tuple(CaptionField(entry.field, entry.weight, entry.lines) for entry in source.captions),
-            source.weight,
-            source.missing,
-            source.name,
-            source.image_root,
-            source.image_key,
-        )
-        for source in data.train
-    )
     with StageProgress() as progress:
-        return tuple(shards_of(source, rules, world, _say, progress) for source in sources)
+        return tuple(shards_of(entry.source, rules, world, _say, progress) for entry in data.train)
 
 
 def _say(line: str) -> None:
@@ -231,7 +234,7 @@ def open_stream(
         on_no_range=data.on_no_range,
         index_dir=data.index_dir,
         index=data.index,
-        storage=Storage(data.storage.endpoint, data.storage.region, data.storage.profile),
+        storage=data.storage.storage,
         holdout=parse_interval(data.holdout).fraction if isinstance(data.holdout, str) else data.holdout,
     )
 
@@ -322,6 +325,15 @@ def _notes(
     return notes
 
 
+def _parts_say(
+    towers: Towers, teachers: Teaching, stored: Mapping[str, Path], objectives: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yields the notes of the model's parts, in the words of each."""
+    yield from towers.notes
+    yield from (f"teacher {name}: {note}" for name, note in teacher_notes(teachers, stored))
+    yield from (f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes)
+
+
 def prepare(
     config: Config,
     folder: Path,
@@ -337,8 +349,11 @@ def prepare(
     check_world(config, world, saved)
     sources = open_sources(config, world)  # before the towers: what cannot be read is refused in seconds
     seed_everything(config.run.seed)
-    towers, objectives = build_towers(config)
+    objectives = declare(config)
     needs = needs_of(part for part, _ in objectives.values())
+    # Before the towers: what the data lacks is said in seconds.
+    data = look_at_data(config, sources, needs, world)
+    towers = build_towers(config, objectives)
     teachers = build_teachers(needs, towers, stored)
     views = build_views(needs, towers, teachers, config.data.crop_scale, config.data.recipes)
     stream = open_stream(config, sources, views, needs, world, saved)
@@ -355,16 +370,13 @@ def prepare(
         learner.to(accelerator.device)
     trial = fake_batch(learner, views, stream.stored_widths).to(accelerator.device)
     unused = freeze_unused(learner, trial)
-    notes = [
-        *towers.notes,
-        *(f"teacher {name}: {note}" for name, note in teacher_notes(teachers, stored or {})),
-    ]
-    notes += [f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes]
+    notes = [*_parts_say(towers, teachers, stored or {}, objectives)]
     notes += _notes(config, accelerator, stream, learner, unused)
-    notes += holdout_notes(held)
+    # Not again where a run continues.
+    lines, repeated = count_captions(config, stream, learner, world) if saved is None else ([], [])
     optimizer = make_optimizer(config, learner)
     total = config.total_steps(stream.steps_per_epoch)
-    notes += check_schedule(config, total)
+    notes += [*holdout_notes(held), *repeated, *check_schedule(config, total)]
     prepared, prepared_optimizer = wrap(accelerator, learner, optimizer)
     # Ranks draw different dropout masks, but every one of them the same way in every run.
     seed_everything(config.run.seed + world.rank)
@@ -381,4 +393,5 @@ def prepare(
         warmup_steps=config.warmup_steps(total),
         notes=notes,
         holdout=holdout,
+        data_lines=data + lines,
     )

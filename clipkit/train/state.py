@@ -35,6 +35,7 @@ class TrainState:
     losses     of the last taken steps, means over ranks
     rollbacks  how often a leap of the loss sent the run back to a checkpoint
     passed     numbers (from 0) of the global batches that it passes over since
+    counts     what the batches it trained on were made of, of all ranks, under the names of `Batch.counts`
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     rollbacks: int = 0
     passed: list[int] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def snapshot(run: Run, state: TrainState, budget: RejectBudget) -> dict[str, Any]:

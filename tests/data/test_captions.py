@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from clipkit.data.captions import CaptionRules, SlotCaptions
+from clipkit.data.captions import CaptionRules, CaptionSource, SlotCaptions
 from clipkit.data.loader import CaptionField, LoaderOptions, Source, TrainStream, open_train
 from clipkit.data.order import hash_key
 from clipkit.data.sample import Absent, RawSample, Unusable
 from clipkit.data.targets import caption_label
-from clipkit.data.text import CaptionSource, TextView
+from clipkit.data.text import TextView
 from clipkit.dist import World
 from clipkit.types import Batch, DataError
 from tests.data.makers import ByteTokenizer, Members, png, raw, same, take, write_tar

@@ -18,6 +18,7 @@ import torch
 from clipkit.data.loader import CaptionField, LoaderOptions, Source, TrainStream, open_train
 from clipkit.data.mixture import MAX_PARTS, Mixture, parts_of, source_lanes
 from clipkit.data.mixture_stream import source_names
+from clipkit.data.mixture_survey import MixtureSurvey
 from clipkit.data.text import TextView
 from clipkit.data.views import ImageView
 from clipkit.dist import World
@@ -196,16 +197,44 @@ def test_any_step_can_be_the_first(pair: tuple[Path, Path], workers: int) -> Non
     assert same(global_batches([take(opened, 23, 40) for opened in later]), whole[23:])
 
 
-def test_contributions_are_the_samples_of_the_batches(pair: tuple[Path, Path]) -> None:
-    opened = mixed(pair, (0.61, 0.39), 12)
-    seen = Counter({"a": 0, "b": 0})
-    for step, batch in enumerate(take(opened, 0, 30)):
-        assert opened.contributions(step) == seen
-        seen.update("b" if int(key) >= 1000 else "a" for key in batch.keys)
-    assert opened.state(30)["contributions"] == seen
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_counted_by_source(pair: tuple[Path, Path], workers: int) -> None:
+    opened = mixed(pair, (0.61, 0.39), 12, workers=workers)
+    assert opened.counted == ("samples/a", "samples/b")
+    seen: Counter[str] = Counter()
+    for batch in take(opened, 0, 30):
+        found = Counter("samples/b" if int(key) >= 1000 else "samples/a" for key in batch.keys)
+        assert batch.counts == found
+        seen += found
     lines = opened.describe_sources(30)
-    assert lines[0].startswith("source a: 72 samples, 61% of every batch (7 or 8 of 12)")
-    assert lines[1].endswith(f"seen {seen['b'] / 48:.3g} times")
+    assert lines[0].startswith("source a: 72 samples, 61% of every batch (7 or 8 of 12), seen")
+    assert lines[1].endswith(f"seen {seen['samples/b'] / 48:.3g} times")
+
+
+def test_repeated_captions_are_expected_within_sources_and_between_them(tmp_path: Path) -> None:
+    """Against batches drawn at random, from sources that share captions."""
+    generator = random.Random(4)
+    texts = [[str(generator.randrange(40)) for _ in range(60)], [str(30 + n % 25) for n in range(50)]]
+    for name, captions in zip("ab", texts, strict=True):
+        (tmp_path / name).mkdir()
+        members = [[(f"{n}.png", png(n)), (f"{n}.txt", text.encode())] for n, text in enumerate(captions)]
+        write_tar(tmp_path / name / "0.tar", members)
+    opened = mixed((tmp_path / "a", tmp_path / "b"), (2.0, 1.0), 12)
+    assert opened.survey is not None
+    survey = opened.survey()
+    shares = []
+    for _ in range(4000):
+        batch = generator.sample(texts[0], 8) + generator.sample(texts[1], 4)
+        counts = Counter(batch)
+        shares.append(sum(counts[text] > 1 for text in batch) / 12)
+    assert survey.duplicate_share(12) == pytest.approx(np.mean(shares), abs=4 * np.std(shares) / 4000**0.5)
+    assert f"{len({*texts[0], *texts[1]})} distinct" in survey.describe(12)
+    # A batch of all pairs: whatever is not alone in both together.
+    both = Counter(texts[0] + texts[1])
+    alike = MixtureSurvey(survey.sources, (6, 5))
+    assert alike.duplicate_share(110) == pytest.approx(sum(n for n in both.values() if n > 1) / 110)
+    (first, _) = survey.sources
+    assert MixtureSurvey((first,), (1,)).duplicate_share(12) == pytest.approx(first.duplicate_share(12))
 
 
 def test_one_source_in_a_list_is_a_source(pair: tuple[Path, Path]) -> None:
@@ -325,7 +354,7 @@ def test_every_source_has_caption_fields_of_its_own(tmp_path: Path) -> None:
     )
     view = TextView(tokenizer=ByteTokenizer(), context_length=24, trim="argmax")
     opened = open_train(LoaderOptions(sources, 12, 5, workers=2), [ImageView(size=(8, 8))], [view], World())
-    assert opened.counted == tuple(
+    assert opened.counted[2:] == tuple(
         f"{kind}/b/json.{field}" for kind in ("captions", "captions_fallback") for field in ("long", "short")
     )
     drawn: Counter[str] = Counter()
@@ -338,7 +367,7 @@ def test_every_source_has_caption_fields_of_its_own(tmp_path: Path) -> None:
             else:
                 assert text in (f"l{key}", f"s{key}")
                 here[f"captions/b/json.{'long' if text[0] == 'l' else 'short'}"] += 1
-        assert {name: count for name, count in batch.counts.items() if count} == here
+        assert {name: n for name, n in batch.counts.items() if not name.startswith("samples/")} == here
         drawn += here
     assert sum(drawn.values()) == 240
     assert 0.68 < drawn["captions/b/json.long"] / 240 < 0.82

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from clipkit.learner import needs_of
 from clipkit.models import build
 from clipkit.models.teachers import Teachers
-from clipkit.objectives import OBJECTIVES
+from clipkit.objectives import OBJECTIVES, needs_of
 from clipkit.objectives.base import Widths, check_batch_size
 from clipkit.objectives.memory import FeatureQueue
 from clipkit.objectives.registry import build_objectives

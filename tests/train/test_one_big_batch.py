@@ -18,10 +18,10 @@ from torch import Tensor
 
 from clipkit.data.ranges import RowRanges
 from clipkit.dist import World, whole
-from clipkit.learner import Learner, extras_of, freeze_unused, inputs_of, needs_of
+from clipkit.learner import Learner, extras_of, freeze_unused, inputs_of
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import build
-from clipkit.objectives import OBJECTIVES, build_objectives, shared_scale
+from clipkit.objectives import OBJECTIVES, build_objectives, needs_of, shared_scale
 from clipkit.train.inputs import Views, build_teachers, build_views, fake_batch, widths_of
 from clipkit.train.setup import make_accelerator, wrap
 from clipkit.train.sharding import shard

@@ -19,7 +19,7 @@ from clipkit.evaluation.probe import probe
 from clipkit.evaluation.retrieval import retrieval
 from clipkit.export import load
 from clipkit.train import pretrain
-from clipkit.train.setup import build_towers, seed_everything, shortened
+from clipkit.train.setup import build_towers, declare, seed_everything, shortened
 from clipkit.types import ClipkitError, ConfigError, DataError
 from tests.conftest import COLOURS, Ranks
 from tests.train.runs import trace, train, values, weights
@@ -186,7 +186,8 @@ def test_frozen_trunk_stays_and_projection_trains(tiny_shards: Path, tmp_path: P
         config = values(tiny_shards, tmp_path / name, run__steps=3, run__weight_ema=False)
         config["model"]["image"] = {"init": init, "freeze": "trunk"}
         seed_everything(config["run"]["seed"])
-        start = build_towers(make_config(config))[0].clip.visual.state_dict()
+        checked = make_config(config)
+        start = build_towers(checked, declare(checked)).clip.visual.state_dict()
         assert {key for key in given if not torch.equal(given[key], start[key])} == moving
         end = load(pretrain(config)["export"]).towers.clip.visual.state_dict()
         assert {key for key in start if not torch.equal(start[key], end[key])} == moving
