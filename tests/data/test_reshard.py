@@ -117,7 +117,7 @@ def test_every_sample_once_with_the_same_members_in_a_new_order(tmp_path: Path, 
     before, after = read(inputs), read(out)
     assert sorted(before) == sorted(after)
     assert [key for key, _ in before] != [key for key, _ in after]
-    assert counts["samples"] == counts["kept"] == 50
+    assert counts["samples read"] == counts["kept"] == 50
     assert [record.samples for record in written.records] == [16, 16, 16, 2]
     assert json.loads((out / "sizes.json").read_text()) == {
         "00000.tar": 16, "00001.tar": 16, "00002.tar": 16, "00003.tar": 2

@@ -189,7 +189,7 @@ def _nothing_left(counts: Counter[str], side: str) -> str:
     reasons = ", ".join(
         f"{count:,} {name}"
         for name, count in sorted(counts.items())
-        if count and name not in ("samples", "kept")
+        if count and name not in ("samples read", "kept")
     )
     where = f"the side {side!r} holds no sample" if side and counts["kept"] else "no sample is left"
-    return f"{where} of {counts['samples']:,}" + (f" ({reasons})" if reasons else "")
+    return f"{where} of {counts['samples read']:,}" + (f" ({reasons})" if reasons else "")

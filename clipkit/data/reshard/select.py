@@ -83,7 +83,7 @@ class _Chooser:
         counts: Counter[str] = Counter()
         found, uids = [], []
         for span in walk.samples():
-            counts["samples"] += 1
+            counts["samples read"] += 1
             kept = self._kept(span, descriptor, counts)
             if kept is not None:
                 side, uid = kept
