@@ -538,6 +538,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
         (["{in}", "--out", "{tmp}/o", "--add-fields", "{tmp}/t.csv", "--columns", "x"], 2, "no column 'x'"),
         (["{in}", "--out", "{tmp}/o", "--add-fields", "{tmp}/t.csv", "--as", "txt"], 2, "takes one column"),
         (["{in}", "--out", "{tmp}/o", "--add-fields", "{tmp}/twice.csv"], 3, "stands on two rows"),
+        (["{in}", "--out", "{tmp}/o", "--add-fields", "{tmp}/t.csv"], 3, "no key of it is that of a sample"),
         (["{in}", "--out", "{tmp}/o", "--subset", "{tmp}/ids.txt"], 2, "not a table by its name"),
         (["{tmp}/absent.tar", "--out", "{tmp}/o"], 3, "absent.tar"),
         (["{tmp}/empty", "--out", "{tmp}/o"], 3, "no .tar file"),

@@ -103,6 +103,11 @@ def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> P
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)
+    if job.fields is not None and not total["with a row in the table"]:
+        raise DataError(
+            f"{job.fields}: no key of it is that of a sample ({total['without a row in the table']:,} tried)",
+            "name its key column with --key, and the field of the samples it means with --match",
+        )
     lengths = _gather(job, folder, len(counts))
     for name, length in zip(SIDES, lengths, strict=False):
         if not length:
