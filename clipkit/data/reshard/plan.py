@@ -103,6 +103,11 @@ def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> P
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)
+    if job.fields is not None and not total["with a row in the table"]:
+        raise DataError(
+            f"{job.fields}: no key of it is that of a sample ({total['without a row in the table']:,} tried)",
+            "name its key column with --key, and the field of the samples it means with --match",
+        )
     lengths = _gather(job, folder, len(counts))
     for name, length in zip(SIDES, lengths, strict=False):
         if not length:
@@ -189,7 +194,7 @@ def _nothing_left(counts: Counter[str], side: str) -> str:
     reasons = ", ".join(
         f"{count:,} {name}"
         for name, count in sorted(counts.items())
-        if count and name not in ("samples", "kept")
+        if count and name not in ("samples read", "kept")
     )
     where = f"the side {side!r} holds no sample" if side and counts["kept"] else "no sample is left"
-    return f"{where} of {counts['samples']:,}" + (f" ({reasons})" if reasons else "")
+    return f"{where} of {counts['samples read']:,}" + (f" ({reasons})" if reasons else "")

@@ -83,7 +83,7 @@ class _Chooser:
         counts: Counter[str] = Counter()
         found, uids = [], []
         for span in walk.samples():
-            counts["samples"] += 1
+            counts["samples read"] += 1
             kept = self._kept(span, descriptor, counts)
             if kept is not None:
                 side, uid = kept
@@ -113,7 +113,7 @@ class _Chooser:
         if self.fields is not None:
             name = _name(look, self.job.match_path)
             row = None if name is None else self.fields.find(name)
-            counts["without a row in the table"] += row is None
+            counts["without a row in the table" if row is None else "with a row in the table"] += 1
             look = Fields(span.key, member, None if self.job.as_text else row)
         if self.query is not None:
             holds = self.query.matches(look)
