@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import secrets
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ Progress = Callable[[int], None]
 _MTIME = 946_684_800  # 2000-01-01: any fixed time; 0 makes some unpacking tools warn
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp")
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 _SIGNATURES = {
     b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp",
     b"GIF87a": "gif", b"GIF89a": "gif", b"BM": "bmp",
@@ -232,13 +234,18 @@ def shard_name(number: int) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file that appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _beside(path)
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)
 
 
 def _write_part(path: Path, part: Callable[[], Iterable[Sample]]) -> ShardRecord:
     return write_shard(path, part())
+
+
+def _beside(path: Path) -> Path:
+    # Of its own: a job that is started twice by mistake must not write into the file of the other.
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def begin_shards(folder: Path, *summaries: str) -> None:
@@ -279,7 +286,7 @@ def write_members(
 
     Returns its record. DataError for a key that occurs twice.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _beside(path)
     writer_class = _tar_writer()
     samples = 0
     seen: set[str] = set()

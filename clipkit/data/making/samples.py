@@ -54,11 +54,17 @@ def usable(
         try:
             members, prepared = _members(entry, number, layout, images, rules)
         except Unusable as problem:
-            tally.rejects.append(RowReject(entry.row, entry.image, problem.reason, problem.detail))
+            image, detail = map(_writable, (entry.image, problem.detail))
+            tally.rejects.append(RowReject(entry.row, image, problem.reason, detail))
             continue
         tally.rotated += prepared.rotated
         tally.encoded += prepared.encoded
         yield members
+
+
+def _writable(text: str) -> str:
+    # Names of files need not be UTF-8, and texts from JSON can hold half a surrogate pair.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _members(
@@ -69,9 +75,11 @@ def _members(
     captions = () if layout.num_classes is not None else _captions(entry, images)
     prepared = rules.prepare(_content(entry.image, images))
     if layout.train:
-        members = training_members(
-            Sample(f"{entry.row:09d}", prepared.content, prepared.extension, captions, entry.fields)
-        )
+        sample = Sample(f"{entry.row:09d}", prepared.content, prepared.extension, captions, entry.fields)
+        try:
+            members = training_members(sample)
+        except UnicodeEncodeError as error:
+            raise Unusable("fields are not UTF-8", str(error)) from None
         if len(members.get("json", b"")) > MAX_JSON_BYTES:
             raise Unusable("fields too long", f"{len(members['json'])} bytes of JSON")
         return members, prepared

@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from clipkit.data.making.images import UNCHANGED, ImageRules
 from clipkit.data.making.samples import Layout, Tally, usable
 from clipkit.data.scan import scan_shard
 from clipkit.data.shards import (
+    TEMPORARY,
     Progress,
     ShardRecord,
     begin_shards,
@@ -43,6 +45,9 @@ from clipkit.types import ClipkitError, ConfigError, DataError
 _SURVEY_BLOCK = 1000
 _TAR_BLOCK = 512
 _BEGUN, _PLAN = "begun", "plan"
+_REJECTS = "rejects.jsonl"
+# What a killed job can leave: the name of a file that it was writing, as `shards` makes them.
+_LEFT = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ class MakeJob:
             if numbers is None:
                 self._finish(made, engine)
         except DataError:
-            self._withdraw(wanted)
+            self._withdraw(wanted, whole=numbers is None)
             raise
         except OSError as error:
             raise ClipkitError(
@@ -260,7 +265,7 @@ class MakeJob:
     def _known(self, number: int) -> dict[str, Any] | None:
         outcome = self.finished.get(f"{number:05d}")
         if outcome is None or outcome["record"] is None:
-            return outcome
+            return None
         path = self.folder / self._name(number)
         whole = path.is_file() and path.stat().st_size == outcome["record"]["bytes"]
         return outcome if whole else None
@@ -269,8 +274,10 @@ class MakeJob:
         return shard_name(number) if self.layout.train else f"{number}.tar"
 
     def _finish(self, made: Made, engine: Engine) -> None:
-        for left in self.folder.glob("*.tar.tmp"):
-            left.unlink()
+        for folder in {self.folder, self.out}:
+            for left in folder.iterdir():
+                if _LEFT.search(left.name):
+                    left.unlink(missing_ok=True)
         self._write_rejects(len(self._bounds or ()) - 1)
         if self.layout.train:
             finish_train_shards(self.out, made.records, self.job)
@@ -283,17 +290,19 @@ class MakeJob:
 
     def _write_rejects(self, shards: int) -> None:
         """Writes rejects.jsonl, one line per unusable row; empty when there is none."""
-        temporary = self.out / "rejects.jsonl.tmp"
+        temporary = self.out / f"{_REJECTS}{TEMPORARY}"
         with temporary.open("w", encoding="utf-8", newline="\n") as stream:
             for number in range(shards):
                 for reject in (self.finished.get(f"{number:05d}") or {"rejects": ()})["rejects"]:
                     stream.write(visible(json.dumps(reject, ensure_ascii=False)) + "\n")
-        os.replace(temporary, self.out / "rejects.jsonl")
+        os.replace(temporary, self.out / _REJECTS)
 
-    def _withdraw(self, wanted: Iterable[int]) -> None:
+    def _withdraw(self, wanted: Iterable[int], whole: bool) -> None:
+        """Removes what was written. The records of a share stay: those of other machines are among them."""
         for number in wanted:
-            for name in (self._name(number), f"{self._name(number)}.tmp"):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / self._name(number)).unlink(missing_ok=True)
+        if not whole:
+            return
         self.finished.clear()
         shutil.rmtree(self.folder / RECORDS, ignore_errors=True)
         for folder in dict.fromkeys((self.folder, self.out)):
