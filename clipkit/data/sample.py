@@ -10,7 +10,8 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ MAX_JSON_BYTES = 1 << 20
 WHITE = (255, 255, 255)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What Pillow's decoders raise on damaged data.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
     OverflowError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -97,9 +98,18 @@ def _ignore(_: bytes) -> None:
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: Sequence[int] = WHITE) -> Image.Image:
     """Returns the first frame of a JPEG, PNG, WebP, GIF or BMP as an RGB image.
 
-    Size and aspect ratio are checked from the header before decoding: Pillow only warns at 12000 x 12000.
     Transparent pixels are laid on `background`; a plain conversion would show the colour hidden below them.
     Raises Unusable with the reason.
+    """
+    with opened_image(data, max_pixels) as image:
+        return as_rgb(image, background)
+
+
+@contextmanager
+def opened_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The image, not decoded yet, while the block runs; what Pillow raises in it becomes Unusable.
+
+    Size and aspect ratio are checked from the header before decoding: Pillow only warns at 12000 x 12000.
     """
     if not data:
         raise Unusable("empty image", "0 bytes")
@@ -112,10 +122,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, background: Sequence
             raise Unusable("too many pixels", f"{width} x {height} is more than {max_pixels}")
         if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
             raise Unusable("extreme aspect ratio", f"{width} x {height}")
-        return as_rgb(image, background)
+        yield image
     except UnidentifiedImageError:
         raise Unusable("bad image", f"none of the formats {', '.join(_FORMATS)}") from None
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise Unusable("bad image", f"{type(error).__name__}: {error}".replace("\n", " ")[:200]) from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from clipkit.data.options import DEFAULT_STORAGE, Storage
 from clipkit.data.remote import RemoteShards
 from clipkit.data.source import is_remote
-from clipkit.data.tar_format import BLOCK, IMAGE_EXTENSIONS, Member, Read, split_name, walk
+from clipkit.data.tar_format import BLOCK, IMAGE_EXTENSIONS, Member, Read, ShardDamage, split_name, walk
 from clipkit.types import DataError
 
+KEY_TWICE, MEMBER_TWICE, DOTTED = "key used twice", "member twice", "dots in names"
 REMOTE_BLOCK = 8 << 20  # bytes per request of a walk: few requests, and large members are still skipped
 
 
@@ -81,7 +82,7 @@ class ShardWalk:
             raise DataError(f"{path}: empty file (0 bytes)", "write or download the shard again")
         self._path, self._read, self._size, self._stamp = path, read, size, stamp
         self._digest = hashlib.blake2b(digest_size=8)
-        self._grouper = _Grouper(path)
+        self._grouper = Grouper(path)
 
     @property
     def digest(self) -> str:
@@ -139,14 +140,23 @@ class Blocks:
         self._needed = before
 
 
-class _Grouper:
-    """Groups members into samples and refuses what would merge or tear samples."""
+def _raise(damage: ShardDamage) -> None:
+    raise damage
 
-    def __init__(self, shard: str) -> None:
+
+class Grouper:
+    """Groups members into samples and refuses what would merge or tear samples.
+
+    on_damage    is told of what is refused; when it returns, the first of two members with one name stays,
+                 and a key that is met again begins another sample
+    """
+
+    def __init__(self, shard: str, on_damage: Callable[[ShardDamage], None] = _raise) -> None:
         self.shard = shard
         self.starts: list[int] = []
         self.end = 0
         self.ignored = 0
+        self._on_damage = on_damage
         self._keys: dict[str, str] = {}
         self._key: str | None = None
         self._members: dict[str, Member] = {}
@@ -161,23 +171,27 @@ class _Grouper:
         key, extension = parts
         if key != self._key:
             if key in self._keys:
-                raise DataError(
-                    f"{self.shard}: members {self._keys[key]!r} and {member.name!r} (byte {member.start}) "
+                self._refuse(
+                    member,
+                    f"members {self._keys[key]!r} and {member.name!r} (byte {member.start}) "
                     f"share the key {key!r} but do not stand together: used twice, or interleaved",
+                    KEY_TWICE,
                     "write the shard again with one run of members per unique key",
                 )
             done = self.close()
             self._key, self._members = key, {}
             self._keys[key] = member.name
             self.starts.append(member.start)
+        self.end = member.data + -(-member.size // BLOCK) * BLOCK
         if extension in self._members:
-            raise DataError(
-                f"{self.shard}: member {member.name!r} (byte {member.start}) repeats "
-                f"{self._members[extension].name!r}",
+            self._refuse(
+                member,
+                f"member {member.name!r} (byte {member.start}) repeats {self._members[extension].name!r}",
+                MEMBER_TWICE,
                 "write the shard again with one member per key and extension",
             )
+            return done
         self._members[extension] = member
-        self.end = member.data + -(-member.size // BLOCK) * BLOCK
         return done
 
     def close(self) -> SampleSpan | None:
@@ -196,9 +210,15 @@ class _Grouper:
         for extension, member in self._members.items():
             kind = extension.rpartition(".")[2]
             if kind in IMAGE_EXTENSIONS and kind in seen:
-                raise DataError(
-                    f"{self.shard}: members {seen[kind]!r} and {member.name!r} fall into one sample "
+                self._refuse(
+                    member,
+                    f"members {seen[kind]!r} and {member.name!r} fall into one sample "
                     f"{self._key!r}, because a key ends at the first dot of the name",
+                    DOTTED,
                     "write the shard again with keys without dots",
                 )
             seen[kind] = member.name
+
+    def _refuse(self, member: Member, problem: str, kind: str, cure: str) -> None:
+        cause = f"{self.shard}: {problem}"
+        self._on_damage(ShardDamage(cause, cure, problem, kind, member.start, member.name))

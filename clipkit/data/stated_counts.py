@@ -21,12 +21,20 @@ _ABSENT = (OSError, ValueError, RecursionError, DataError, Transient)
 
 
 def count_warnings(shards: Sequence[str], counts: Sequence[int], storage: Storage) -> Iterator[str]:
-    """Yields a line for every shard whose walked count is not the one that a file beside it states.
+    """Yields a line for every shard whose walked count is not the one that a file beside it states."""
+    for (shard, stated), count in zip(stated_counts(shards, storage), counts, strict=True):
+        for file, number in stated.items():
+            if number != count:
+                yield f"{shard}: {count} samples were found, {file} states {number}"
+
+
+def stated_counts(shards: Sequence[str], storage: Storage) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yields every shard with the counts that files beside it state, by file name.
 
     Read are sizes.json of each folder ({name: samples}) and, of local shards, NAME_stats.json ("successes").
     """
     sizes: dict[str, Any] = {}
-    for shard, count in zip(shards, counts, strict=True):
+    for shard in shards:
         folder, name = _split(shard)
         if folder not in sizes:
             sizes[folder] = _read(_beside(shard, "sizes.json"), storage)
@@ -34,9 +42,7 @@ def count_warnings(shards: Sequence[str], counts: Sequence[int], storage: Storag
         if not is_remote(shard):
             file = f"{os.path.splitext(name)[0]}_stats.json"
             stated[file] = _read(_beside(shard, file), storage).get("successes")
-        for file, number in stated.items():
-            if isinstance(number, int) and number != count:
-                yield f"{shard}: {count} samples were found, {file} states {number}"
+        yield shard, {file: number for file, number in stated.items() if isinstance(number, int)}
 
 
 def _split(shard: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clipkit.types import DataError
 
@@ -20,7 +20,41 @@ MAX_EXTENDED = 1 << 20
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 REPLACE_SHARD = "write or download the shard again, or take it out of the list of shards"
 
+MAGIC = b"ustar"  # of ustar, GNU and PAX headers, at byte 257
+_MAGIC_AT = 257
+_EXTENDED = b"xXgLK"  # kinds of headers that speak of the member after them
+_SEARCH = 4 << 20
+
 Read = Callable[[int, int], bytes]
+
+
+# Kinds of damage.
+CLAIMS, EXTENDED, NOT_A_FILE = "size beyond the file", "bad extended header", "not a file"
+NOT_A_TAR, UNSAFE_NAME = "not a tar", "unsafe name"
+
+
+class ShardDamage(DataError):
+    """Damage at one place of a shard.
+
+    kind      a few words to count by; `problem` says more, without shard and byte
+    offset    byte of the header where it was met
+    member    the member concerned, or the last one before it; "" for none
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        cure: str,
+        problem: str = "",
+        kind: str = "damage",
+        offset: int = 0,
+        member: str = "",
+    ) -> None:
+        super().__init__(cause, cure)
+        self.problem, self.kind, self.offset, self.member = problem, kind, offset, member
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.cause, self.cure, self.problem, self.kind, self.offset, self.member)
 
 
 class Member(NamedTuple):
@@ -68,10 +102,10 @@ def walk(
             return
         block = read(offset, min(BLOCK, end - offset))
         if len(block) < BLOCK:
-            raise _damage(shard, offset, last, _cut_reason(offset, end, len(block)))
+            raise _damage(shard, offset, last, _cut_reason(offset, end, len(block)), "cut tar")
         if not any(block):
             if not whole or start != offset:
-                raise _damage(shard, offset, last, "a zero block where a header should be")
+                raise _damage(shard, offset, last, "a zero block where a header should be", "zeros")
             _check_trailer(read, offset, end, shard, last)
             return
         header = _parse(block, shard, offset, last)
@@ -83,11 +117,11 @@ def walk(
             present = max(0, end - data)
             name = path or header.name
             raise _damage(
-                shard, offset, last, f"{name!r} claims {size} bytes, {present} are there (file cut)"
+                shard, offset, last, f"{name!r} claims {size} bytes, {present} are there (file cut)", CLAIMS
             )
         if header.kind in "xXgL":
             if size > MAX_EXTENDED:
-                raise _damage(shard, offset, last, f"extended header of {size} bytes")
+                raise _damage(shard, offset, last, f"extended header of {size} bytes", EXTENDED)
             body = read(data, size)
             if header.kind == "L":
                 path = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
@@ -103,7 +137,11 @@ def walk(
             start = following
         elif header.kind != "K":
             raise _damage(
-                shard, offset, path or header.name, f"member of type {header.kind!r}; only files are allowed"
+                shard,
+                offset,
+                path or header.name,
+                f"member of type {header.kind!r}; only files are allowed",
+                NOT_A_FILE,
             )
         offset = following
 
@@ -122,8 +160,11 @@ def _parse(block: bytes, shard: str, offset: int, last: str) -> _Header:
             raise ValueError(f"negative size {size}")
     except ValueError as error:
         if offset == 0:
-            raise DataError(f"{shard}: {_not_a_tar(block)}", _cure_not_a_tar(block)) from None
-        raise _damage(shard, offset, last, str(error)) from None
+            problem = _not_a_tar(block)
+            raise ShardDamage(
+                f"{shard}: {problem}", _cure_not_a_tar(block), problem, NOT_A_TAR, offset
+            ) from None
+        raise _damage(shard, offset, last, str(error), "bad header") from None
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0":
         prefix = block[345:500].split(b"\0", 1)[0]
@@ -163,12 +204,12 @@ def _pax(
             elif key == b"size":
                 size = int(value)
             elif key.startswith(b"GNU.sparse"):
-                raise _damage(shard, offset, last, "sparse member; only plain files are allowed")
+                raise _damage(shard, offset, last, "sparse member; only plain files are allowed", NOT_A_FILE)
             at += length
     except ValueError:
-        raise _damage(shard, offset, last, "extended (PAX) header cannot be read") from None
+        raise _damage(shard, offset, last, "extended (PAX) header cannot be read", EXTENDED) from None
     if size is not None and size < 0:
-        raise _damage(shard, offset, last, f"negative size {size}")
+        raise _damage(shard, offset, last, f"negative size {size}", EXTENDED)
     return path, size
 
 
@@ -176,7 +217,8 @@ def _safe_name(name: str, shard: str, offset: int) -> str:
     while name.startswith("./"):
         name = name[2:]
     if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(f"{shard}: member {name!r} at byte {offset} leaves its folder", REPLACE_SHARD)
+        cause = f"{shard}: member {name!r} at byte {offset} leaves its folder"
+        raise ShardDamage(cause, REPLACE_SHARD, "the name leaves its folder", UNSAFE_NAME, offset, name)
     return name
 
 
@@ -192,16 +234,16 @@ def _check_trailer(read: Read, offset: int, end: int, shard: str, last: str) -> 
     while at < end:
         piece = read(at, min(1 << 20, end - at))
         if not piece:
-            raise _damage(shard, at, last, "the file became shorter while it was read")
+            raise _damage(shard, at, last, "the file became shorter while it was read", "changed")
         rest = piece.lstrip(b"\0")
         if rest:
             at += len(piece) - len(rest)
-            raise _damage(shard, at, last, f"data after the end-of-archive marker at byte {offset}")
+            problem = f"data after the end-of-archive marker at byte {offset}"
+            raise _damage(shard, at, last, problem, "zeros")
         at += len(piece)
     if end - offset > MAX_TRAILER:
-        raise _damage(
-            shard, offset, last, f"{end - offset} zero bytes at the end, more than one record of padding"
-        )
+        problem = f"{end - offset} zero bytes at the end, more than one record of padding"
+        raise _damage(shard, offset, last, problem, "zeros")
 
 
 def _not_a_tar(block: bytes) -> str:
@@ -218,6 +260,41 @@ def _cure_not_a_tar(block: bytes) -> str:
     return REPLACE_SHARD
 
 
-def _damage(shard: str, offset: int, last: str, problem: str) -> DataError:
+def _damage(shard: str, offset: int, last: str, problem: str, kind: str) -> ShardDamage:
     after = f", after member {last!r}" if last else ""
-    return DataError(f"{shard}: {problem}, at byte {offset}{after}", REPLACE_SHARD)
+    cause = f"{shard}: {problem}, at byte {offset}{after}"
+    return ShardDamage(cause, REPLACE_SHARD, problem, kind, offset, last)
+
+
+def next_header(read: Read, begin: int, end: int) -> int | None:
+    """Returns the first byte from `begin` on where a whole, valid header stands, at any alignment, or None.
+
+    Found by their magic: headers of the format before ustar are not.
+    """
+    at = max(0, begin)
+    while at < end:
+        piece = read(at, min(_SEARCH + BLOCK, end - at))
+        found = piece.find(MAGIC)
+        while found >= 0:
+            header = at + found - _MAGIC_AT
+            if header >= begin and is_header(read(header, min(BLOCK, end - header))):
+                return header
+            found = piece.find(MAGIC, found + 1)
+        if len(piece) <= BLOCK:
+            break
+        at += len(piece) - BLOCK
+    return None
+
+
+def is_header(block: bytes) -> bool:
+    """Returns whether a block is a header whose checksum and size can be read."""
+    try:
+        return len(block) == BLOCK and any(block) and bool(_parse(block, "", 1, "").kind)
+    except DataError:
+        return False
+
+
+def is_extended(block: bytes) -> bool:
+    """Returns whether a block, valid or not, looks like a header about the member after it."""
+    marked = block[_MAGIC_AT : _MAGIC_AT + len(MAGIC)] == MAGIC
+    return marked and len(block) == BLOCK and block[156] in _EXTENDED

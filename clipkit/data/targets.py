@@ -79,6 +79,21 @@ def stored_vector(sample: RawSample, name: str, width: int | None = None) -> Vec
     data = sample.member(name.lower())
     if data is None:
         raise Unusable("missing stored vector", f"no .{name}; members: {', '.join(sample.members)}"[:200])
+    stored = npy_vector(data, f".{name}")
+    if width is not None and len(stored) != width:
+        raise _bad(f".{name}", f"{len(stored)} wide, others are {width}")
+    with np.errstate(over="ignore"):
+        vector = stored.astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise _bad(f".{name}", "holds NaN or infinity")
+    return vector
+
+
+def npy_vector(data: bytes, name: str, kinds: str = "f") -> NDArray[Any]:
+    """Returns the vector in the bytes of a .npy file, its type among `kinds` of numpy. Never unpickles.
+
+    Raises Unusable ("bad stored vector"), with `name` in its detail.
+    """
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -86,17 +101,14 @@ def stored_vector(sample: RawSample, name: str, width: int | None = None) -> Vec
         shape, _, dtype = _HEADERS[version](stream)
     except _HEADER_ERRORS as error:
         raise _bad(name, f"no .npy file of format 1 or 2 ({type(error).__name__})") from None
-    if len(shape) != 1 or not 0 < shape[0] <= MAX_WIDTH or dtype.kind != "f":
-        raise _bad(name, f"{dtype} of shape {shape}, not a vector of floats")
+    if len(shape) != 1 or not 0 < shape[0] <= MAX_WIDTH or dtype.kind not in kinds:
+        raise _bad(
+            name, f"{dtype} of shape {shape}, not a vector of {'floats' if kinds == 'f' else 'numbers'}"
+        )
     if len(data) - stream.tell() != shape[0] * dtype.itemsize:
         raise _bad(name, f"{len(data) - stream.tell()} bytes of values for {shape[0]} x {dtype}")
-    if width is not None and shape[0] != width:
-        raise _bad(name, f"{shape[0]} wide, others are {width}")
-    with np.errstate(over="ignore"):
-        vector = np.frombuffer(data, dtype, offset=stream.tell()).astype(np.float32)
-    if not np.isfinite(vector).all():
-        raise _bad(name, "holds NaN or infinity")
-    return vector
+    found: NDArray[Any] = np.frombuffer(data, dtype, offset=stream.tell())
+    return found
 
 
 def stored_widths(samples: Iterable[RawSample], names: Sequence[str], limit: int) -> tuple[int, ...]:
@@ -126,4 +138,4 @@ def stored_widths(samples: Iterable[RawSample], names: Sequence[str], limit: int
 
 
 def _bad(name: str, why: str) -> Unusable:
-    return Unusable("bad stored vector", f".{name}: {why}"[:200])
+    return Unusable("bad stored vector", f"{name}: {why}"[:200])

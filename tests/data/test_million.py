@@ -1,4 +1,4 @@
-"""One million samples through make, index, stats and reshard in little memory, with throughput.
+"""One million samples through make, check, stats and reshard in little memory, with throughput.
 
 Run it with: pytest -m slow -s tests/data/test_million.py.
 """
@@ -116,7 +116,8 @@ def test_a_million_samples_in_two_gigabytes(tmp_path: Path) -> None:
     made, out = tmp_path / "made", tmp_path / "out"
     clipkit = ("-m", "clipkit")
     measured("make", "-c", f"from tests.data.test_million import make; make({str(made)!r})")
-    measured("index", *clipkit, "index", made, "--workers", WORKERS)
+    measured("check", *clipkit, "data", "check-shards", made, "--workers", WORKERS)
+    measured("stats", *clipkit, "data", "stats", made, "--workers", WORKERS)
     job = ("data", "reshard", made, "--out", out, "--workers", WORKERS)
     measured("reshard", *clipkit, *job, "--split", "0.9/0.1", "--group", "json.group")
     sizes = [json.loads((out / side / "sizes.json").read_text()) for side in ("train", "validation")]

@@ -6,9 +6,11 @@ import sys
 
 import typer
 
+from clipkit.cli.data.check_shards import check_shards
 from clipkit.cli.data.index import index
 from clipkit.cli.data.make_shards import make_shards
 from clipkit.cli.data.reshard import reshard
+from clipkit.cli.data.stats import stats
 
 __all__ = ["app", "index", "script"]
 
@@ -20,6 +22,8 @@ app = typer.Typer(
 )
 app.command("make-shards")(make_shards)
 app.command("reshard")(reshard)
+app.command("check-shards")(check_shards)
+app.command("stats")(stats)
 
 
 def script(job: str) -> int:

@@ -1,0 +1,287 @@
+"""Clean copies of damaged shards: what is whole is written again, what is not is listed. Originals stay."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkit.data.checking.beside import COUNTER, rules_beside
+from clipkit.data.checking.findings import writable
+from clipkit.data.checking.job import SetCheck
+from clipkit.data.checking.samples import SampleRules
+from clipkit.data.checking.shard import OUT_OF_REACH, is_dotted, samples_of
+from clipkit.data.checking.walking import OpenShard, opened_shard
+from clipkit.data.engine import Engine
+from clipkit.data.finished import Finished
+from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, SampleSpan
+from clipkit.data.shard_records import OnShard
+from clipkit.data.shards import ShardRecord, finish_train_shards, write_copied_shard, write_text
+from clipkit.data.source import is_remote
+from clipkit.data.tar_format import Member, ShardDamage
+from clipkit.data.tar_index import replacing
+from clipkit.redaction import redact
+from clipkit.types import ConfigError, DataError
+
+DROPPED = "dropped.jsonl"
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair wrote: shards written again, shards taken over as they were, and so on."""
+
+    rewritten: int
+    taken_over: int
+    samples: int
+    dropped: int
+    lost: tuple[str, ...]
+
+
+def check_destination(shards: Sequence[str], out: Path) -> None:
+    """Raises ConfigError when a repair into `out` could touch an original or mix up shards."""
+    names: dict[str, str] = {}
+    for shard in shards:
+        if not is_remote(shard) and Path(shard).absolute().parent in (out.absolute(), _folder(shard, out)):
+            raise ConfigError(f"--repair {out} is the folder of the shards", "choose another folder")
+        name = str(_target(shard, out))
+        if name in names:
+            raise ConfigError(
+                f"{names[name]} and {shard} have the same name", "repair one folder of shards at a time"
+            )
+        names[name] = shard
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--repair {out} is not a folder", "choose a folder")
+
+
+def repair_set(
+    shards: Sequence[str],
+    check: SetCheck,
+    rules: SampleRules,
+    out: Path,
+    engine: Engine,
+    on_shard: OnShard | None = None,
+) -> Repaired:
+    """Writes clean copies of the damaged shards into `out`, beside hard links to (or copies of) the others.
+
+    check: that of the whole set. Repeated after an interruption it continues. Raises ConfigError for a folder
+    that holds other shards.
+    """
+    check_destination(shards, out)
+    rules_of = rules_beside(shards, rules)
+    facts = [[_identity(shard), asdict(rule)] for shard, rule in zip(shards, rules_of, strict=True)]
+    finished = Finished(out, {"job": "repair 1", "shards": facts, "damaged": check.torn})
+    if not finished.begun and any(_target(shard, out).exists() for shard in shards):
+        raise ConfigError(f"{out} already holds shards of these names", "choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    finished.place("")
+    broken = set(check.torn)
+    pending = [number for number in range(len(shards)) if finished.get(str(number)) is None]
+    jobs = (
+        (shards[n], rules_of[n], str(_target(shards[n], out)), n in broken, check.counts[n]) for n in pending
+    )
+    for done, (number, record) in enumerate(
+        zip(pending, engine.map(_repair_shard, jobs), strict=True), 1 + len(shards) - len(pending)
+    ):
+        finished.put(str(number), record)
+        if on_shard is not None:
+            on_shard(done, len(shards))
+    records = [finished.get(str(number)) or {} for number in range(len(shards))]
+    for number in check.changed:
+        text = "kept as it is: which of its samples changed since the manifest was written cannot be told"
+        line = {"shard": redact(shards[number]), "member": "", "byte": None, "kind": "bytes changed"}
+        records[number]["dropped"].append({**line, "detail": text})
+    repaired = _assemble(shards, records, out, broken)
+    finished.clear()
+    return repaired
+
+
+def _assemble(shards: Sequence[str], records: list[dict[str, Any]], out: Path, broken: set[int]) -> Repaired:
+    count = 0
+    with replacing(out / DROPPED) as file:
+        for record in records:
+            for line in record["dropped"]:
+                count += 1
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    folders: dict[Path, list[ShardRecord]] = {}
+    for shard, record in zip(shards, records, strict=True):
+        kept = folders.setdefault(_folder(shard, out), [])
+        if record["shard"] is not None:
+            kept.append(ShardRecord(**record["shard"]))
+    for folder, kept in folders.items():
+        _finish(folder, kept, shards, out)
+    lost = tuple(shard for shard, record in zip(shards, records, strict=True) if record["shard"] is None)
+    taken = len(shards) - len(broken)
+    total = sum(record.samples for kept in folders.values() for record in kept)
+    return Repaired(len(broken) - len(lost), taken, total, count, lost)
+
+
+def _finish(folder: Path, kept: list[ShardRecord], shards: Sequence[str], out: Path) -> None:
+    """Writes the lists beside the shards of one folder."""
+    if folder == out:
+        finish_train_shards(folder, kept)
+        return
+    # An evaluation set: its texts stand beside its splits, and shards are counted from 0.
+    write_text(folder / COUNTER, f"{len(kept)}\n")
+    for source in {Path(shard).absolute().parent.parent for shard in shards}:
+        for text in source.glob("*.txt"):
+            shutil.copyfile(text, out / text.name)
+
+
+def _folder(shard: str, out: Path) -> Path:
+    """Where the copy of a shard lies: in `out`, or in its split of a CLIP_benchmark set."""
+    if is_remote(shard):
+        return out
+    folder = Path(shard).absolute().parent
+    return out / folder.name if (folder / COUNTER).is_file() else out
+
+
+def _target(shard: str, out: Path) -> Path:
+    return _folder(shard, out) / os.path.basename(shard.partition("?")[0] if is_remote(shard) else shard)
+
+
+def _identity(shard: str) -> list[Any]:
+    if is_remote(shard):
+        return [redact(shard)]
+    try:
+        status = os.stat(shard)
+    except OSError:
+        return [writable(os.path.abspath(shard))]
+    return [writable(os.path.abspath(shard)), status.st_size, status.st_mtime_ns]
+
+
+def _repair_shard(shard: str, rules: SampleRules, target: str, damaged: bool, samples: int) -> dict[str, Any]:
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not damaged:
+        return {"shard": vars(_take_over(shard, path, samples)), "dropped": []}
+    salvage = _Salvage(shard, rules)
+    try:
+        with opened_shard(shard) as opened:
+            kept = list(salvage.samples(opened))
+            written = write_copied_shard(path, salvage.contents(kept, opened)) if kept else None
+    except OUT_OF_REACH as error:
+        salvage.drop("", "unreadable", error.cause if isinstance(error, DataError) else str(error), None)
+        written = None
+    if written is None and rules.evaluation:
+        raise DataError(
+            f"{shard}: no sample in it is whole, and the shards of an evaluation set are numbered",
+            "fetch this shard again",
+        )
+    return {"shard": None if written is None else vars(written), "dropped": salvage.dropped}
+
+
+def _take_over(shard: str, path: Path, samples: int) -> ShardRecord:
+    """A hard link costs no storage; other file systems and remote storage get a copy."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    linked = False
+    if not is_remote(shard):
+        with contextlib.suppress(OSError):
+            os.link(os.path.realpath(shard), temporary)
+            linked = True
+    state = hashlib.sha256()
+    with opened_shard(shard) as opened, contextlib.ExitStack() as stack:
+        copy = None if linked else stack.enter_context(temporary.open("wb"))
+        for at in range(0, opened.size, 4 << 20):
+            piece = opened.read(at, min(4 << 20, opened.size - at))
+            state.update(piece)
+            if copy is not None:
+                copy.write(piece)
+        size = opened.size
+    os.replace(temporary, path)
+    # Replacing a file by a link to itself leaves both names.
+    temporary.unlink(missing_ok=True)
+    return ShardRecord(path.name, samples, size, state.hexdigest())
+
+
+class _Salvage:
+    """The samples of one damaged shard that can be kept, and what cannot."""
+
+    def __init__(self, shard: str, rules: SampleRules) -> None:
+        self.dropped: list[dict[str, Any]] = []
+        self._shard, self._rules = shard, rules
+
+    def drop(self, member: str, kind: str, detail: str, byte: int | None) -> None:
+        """Lists what is not kept."""
+        line = {"shard": redact(self._shard), "member": member, "byte": byte, "kind": kind, "detail": detail}
+        self.dropped.append(
+            {name: writable(value) if isinstance(value, str) else value for name, value in line.items()}
+        )
+
+    def samples(self, opened: OpenShard) -> Iterator[SampleSpan]:
+        """Yields the samples that training takes, members that stood apart put together."""
+
+        def damage(found: ShardDamage) -> None:
+            # What concerns names is settled below, sample by sample.
+            if found.kind not in (KEY_TWICE, DOTTED):
+                self.drop(found.member, found.kind, found.problem, found.offset)
+
+        if opened.size == 0:
+            self.drop("", "empty file", "0 bytes", 0)
+            return
+        grouper = Grouper(self._shard, damage)
+        found = self._joined(samples_of(opened, grouper, damage))
+        if grouper.ignored:
+            text = f"{grouper.ignored} members that belong to no sample"
+            self.drop("", "unread members", text, None)
+        taken = {span.key for span in found}
+        for span in found:
+            for candidate in _without_dots(span, taken) if is_dotted(span) else [span]:
+                if self._is_good(candidate, opened):
+                    yield candidate
+
+    def _is_good(self, span: SampleSpan, opened: OpenShard) -> bool:
+        problems = [problem for problem in self._rules.problems(span, opened.read) if problem.error]
+        for problem in problems:
+            member = problem.member
+            self.drop(member.name, problem.kind, f"sample left out: {problem.detail}", member.start)
+        if problems:
+            return False
+        # webdataset's writer passes over these without a word.
+        for extension in [name for name in span.members if name.startswith("_")]:
+            member = span.members.pop(extension)
+            self.drop(member.name, "unread members", "extensions cannot begin with _", member.start)
+        return True
+
+    def _joined(self, spans: Iterator[SampleSpan]) -> list[SampleSpan]:
+        """One sample per key: runs with different members are one, else the first run is kept."""
+        first: dict[str, SampleSpan] = {}
+        for span in spans:
+            earlier = first.setdefault(span.key, span)
+            if earlier is span:
+                continue
+            if earlier.members.keys() & span.members.keys():
+                name = next(iter(span.members.values())).name
+                self.drop(name, KEY_TWICE, "sample left out: the first of this key is kept", span.start)
+            else:
+                earlier.members.update(span.members)
+        return list(first.values())
+
+    def contents(
+        self, spans: Sequence[SampleSpan], opened: OpenShard
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Yields key and members of each sample, read when they are asked for."""
+        for span in spans:
+            yield span.key, {name: opened.read(at.data, at.size) for name, at in span.members.items()}
+
+
+def _without_dots(span: SampleSpan, taken: set[str]) -> list[SampleSpan]:
+    """The samples that fell into one: the key ends at the last dot, and `_` stands for the others."""
+    keys = {"": span.key}
+    parts: dict[str, dict[str, Member]] = {}
+    for extension, member in span.members.items():
+        stem, _, last = extension.rpartition(".")
+        if stem not in keys:
+            key = f"{span.key}_{stem.replace('.', '_')}"
+            while key in taken:
+                key += "_"
+            keys[stem] = key
+            taken.add(key)
+        parts.setdefault(keys[stem], {})[last] = member
+    return [SampleSpan(key, span.start, span.end, members) for key, members in parts.items()]
