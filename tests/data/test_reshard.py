@@ -22,7 +22,7 @@ import pytest
 from clipkit.cli.app import main
 from clipkit.data.engine import Engine
 from clipkit.data.reshard import Reshard, Resharding, Written, input_shards
-from clipkit.data.uid_subset import UID_DTYPE
+from clipkit.data.uid_subset import UID_DTYPE, UidSubset
 from clipkit.types import DataError
 from tests.data.makers import Members, write_tar
 
@@ -203,22 +203,16 @@ def test_uids_can_be_the_keys(tmp_path: Path) -> None:
     assert sorted(key for key, _ in read(tmp_path / "out")) == sorted([uid(2), uid(5)])
 
 
-def test_searches_of_uids_are_those_of_a_counter() -> None:
-    from clipkit.data.uid_subset import UidSubset
-
+def test_searches_of_uids_are_those_of_a_counter(tmp_path: Path) -> None:
     rng = random.Random(3)
     # Few different halves: equal first halves, equal entries, both ends.
     pool = [
         f"{rng.choice([0, 1, 2**64 - 1]):016x}{rng.choice([0, 5, 2**63, 2**64 - 1]):016x}" for _ in range(90)
     ]
     held = Counter(pool[:60])
-    path = Path(os.path.join(os.environ.get("TMPDIR", "/tmp"), f"uids-{os.getpid()}.npy"))
-    try:
-        subset = UidSubset(datacomp(path, pool[:60]))
-        asked = [*pool, None, "xyz", "0" * 31, "A" * 32]
-        assert subset.counts(asked).tolist() == [held[each] if each else 0 for each in asked]
-    finally:
-        path.unlink()
+    subset = UidSubset(datacomp(tmp_path / "ids.npy", pool[:60]))
+    asked = [*pool, None, "xyz", "0" * 31, "A" * 32]
+    assert subset.counts(asked).tolist() == [held[each] if each else 0 for each in asked]
 
 
 @pytest.mark.parametrize(
