@@ -1,20 +1,42 @@
-"""What a run says about its data before the first step, and what it refuses before anything is built."""
+"""The data of a run before anything is built: made into shards, looked at, refused or described."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 from clipkit.config import Config
 from clipkit.data import preflight
 from clipkit.data.caption_survey import CaptionSurvey
+from clipkit.data.engine import usable_processors
 from clipkit.data.loader import TrainStream
 from clipkit.data.mixture_stream import source_names
 from clipkit.data.mixture_survey import MixtureSurvey
 from clipkit.data.options import Source
+from clipkit.data.raw import Rules
+from clipkit.data.raw.sharing import shards_of
 from clipkit.data.source import expand_shards
 from clipkit.data.waiting import together
 from clipkit.dist import World
 from clipkit.learner import Learner
+from clipkit.log import StageProgress
+from clipkit.redaction import visible
 from clipkit.train.watch import CURES, DUPLICATES
 from clipkit.types import Needs
+
+
+def open_sources(config: Config, world: World) -> tuple[Source, ...]:
+    """Returns the training data of the configuration as shards, made now of raw data; called by all ranks."""
+    data = config.data
+    rules = Rules(
+        None if data.cache is None else Path(data.cache), usable_processors(), data.max_reject_fraction
+    )
+    with StageProgress() as progress:
+        return tuple(shards_of(entry.source, rules, world, _say, progress) for entry in data.train)
+
+
+def _say(line: str) -> None:
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def look_at_data(config: Config, sources: tuple[Source, ...], needs: Needs, world: World) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import random
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,23 +22,18 @@ from torch.distributed.fsdp import FSDPModule
 from clipkit import optim
 from clipkit.config import Config, check_schedule, parse_interval
 from clipkit.data.continuing import open_continued
-from clipkit.data.engine import usable_processors
 from clipkit.data.loader import TrainStream, open_train
 from clipkit.data.options import LoaderOptions, Source
 from clipkit.data.order import check_shares
-from clipkit.data.raw import Rules
-from clipkit.data.raw.sharing import shards_of
 from clipkit.dist import World
 from clipkit.evaluation.holdout import holdout_notes, holdout_set
 from clipkit.evaluation.sets import RetrievalSet
 from clipkit.learner import Learner, freeze_unused
-from clipkit.log import StageProgress
 from clipkit.models.ema import WeightEMA
 from clipkit.models.teachers import Teachers
 from clipkit.models.towers import TowerOptions, Towers, build
 from clipkit.objectives import OBJECTIVES, build_objectives, check_batch_size, needs_of, shared_scale
-from clipkit.redaction import visible
-from clipkit.train.first_look import count_captions, look_at_data
+from clipkit.train.first_look import count_captions, look_at_data, open_sources
 from clipkit.train.inputs import (
     Teaching,
     Views,
@@ -192,20 +186,6 @@ def build_towers(config: Config, objectives: dict[str, Any]) -> Towers:
     return towers
 
 
-def open_sources(config: Config, world: World) -> tuple[Source, ...]:
-    """Returns the training data of the configuration as shards, made now of raw data; called by all ranks."""
-    data = config.data
-    rules = Rules(
-        None if data.cache is None else Path(data.cache), usable_processors(), data.max_reject_fraction
-    )
-    with StageProgress() as progress:
-        return tuple(shards_of(entry.source, rules, world, _say, progress) for entry in data.train)
-
-
-def _say(line: str) -> None:
-    print(visible(line), file=sys.stderr, flush=True)
-
-
 def open_stream(
     config: Config,
     sources: tuple[Source, ...],
@@ -334,6 +314,13 @@ def _parts_say(
     yield from (f"{label}: {note}" for label, (part, _) in objectives.items() for note in part.notes)
 
 
+def _place(learner: Learner, sharding: str, world: World, device: torch.device) -> None:
+    if sharding == "fsdp2" and world.size > 1:
+        shard(learner, device)
+    else:
+        learner.to(device)
+
+
 def prepare(
     config: Config,
     folder: Path,
@@ -347,11 +334,11 @@ def prepare(
     """
     world = World.current()
     check_world(config, world, saved)
-    sources = open_sources(config, world)  # before the towers: what cannot be read is refused in seconds
+    # Before the towers: what cannot be read, or lacks something, is refused in seconds.
+    sources = open_sources(config, world)
     seed_everything(config.run.seed)
     objectives = declare(config)
     needs = needs_of(part for part, _ in objectives.values())
-    # Before the towers: what the data lacks is said in seconds.
     data = look_at_data(config, sources, needs, world)
     towers = build_towers(config, objectives)
     teachers = build_teachers(needs, towers, stored)
@@ -363,11 +350,9 @@ def prepare(
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
     learner.train()
-    # On its device before the trial: nccl refuses tensors of the CPU.
-    if config.run.sharding == "fsdp2" and world.size > 1:
-        shard(learner, accelerator.device)
-    else:
-        learner.to(accelerator.device)
+    _place(
+        learner, config.run.sharding, world, accelerator.device
+    )  # before the trial: nccl refuses CPU tensors
     trial = fake_batch(learner, views, stream.stored_widths).to(accelerator.device)
     unused = freeze_unused(learner, trial)
     notes = [*_parts_say(towers, teachers, stored or {}, objectives)]
