@@ -83,6 +83,9 @@ def test_reads_that_were_tried_again_are_logged(
 ) -> None:
     monkeypatch.setattr(clipkit.data.remote, "RETRIES", (0.0, 0.0, 0.0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # The faults are meant for reads of the training itself.
+    monkeypatch.setattr("clipkit.train.setup.look_at_data", lambda *_: [])
+    monkeypatch.setattr("clipkit.train.setup.count_captions", lambda *_: ([], []))
     with serving(shards) as server:
         config = values(shards, tmp_path / "run", run__steps=8, run__log_every=4, data__workers=1)
         config["data"]["train"] = f"{server.url}/{{00000..00013}}.tar"
