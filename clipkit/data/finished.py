@@ -46,8 +46,10 @@ class Finished:
     def place(self, name: str) -> Path:
         """Returns where a file that lasts as long as the records may lie; records of other jobs go."""
         if not self._own.is_dir():
+            # Machines that share a job may come here at once: never the own folder, and what is gone is gone.
             for other in self._all.glob("*"):
-                shutil.rmtree(other)
+                if other != self._own:
+                    shutil.rmtree(other, ignore_errors=True)
             self._own.mkdir(parents=True, exist_ok=True)
         return self._own / name
 

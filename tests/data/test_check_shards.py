@@ -103,7 +103,7 @@ def one_case(folder: Path, damage: Damage, place: int) -> list[str]:
 
 
 def test_every_damage_of_the_matrix_is_found_and_repaired(tmp_path: Path) -> None:
-    """`pytest tests/data/test_check_shards.py -s -k matrix` prints the numbers."""
+    """`pytest -n 0 -s -k matrix tests/data/test_check_shards.py` prints the numbers."""
     made: Counter[str] = Counter()
     wrong = []
     for number, damage in enumerate(DAMAGES):

@@ -1,7 +1,7 @@
 """One million samples through make, check, stats and reshard in little memory, with throughput.
 
-Run it with: pytest -m slow -s tests/data/test_million.py. Last result, two cores that many others used (load
-20 to 35), steps one by one; "each": per second of one processor, which is what a quiet machine would give:
+Run it with: pytest -n 0 -m slow -s tests/data/test_million.py. Last result, two cores that many others used
+(load 20 to 35), steps one by one; "each": per second of one processor, which a quiet machine would give:
 
     make       131 s,  7,646 samples/s;   4,162 each; peak of the process tree 150 MB
     check      118 s,  8,465 samples/s;   4,699 each; 173 MB

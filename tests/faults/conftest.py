@@ -1,4 +1,4 @@
-"""`pytest tests/faults --fault-table` writes the results of the run into the guide of faults."""
+"""`pytest -n 0 tests/faults --fault-table` writes the results of the run into the guide of faults."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def config(shards: Path, tmp_path: Path) -> dict[str, Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", action="store_true", help="write examples/guides/faults.md")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Each process of a parallel run would write what it saw alone.
+    if config.getoption("--fault-table", default=False) and config.getoption("numprocesses", default=None):
+        raise pytest.UsageError("--fault-table needs one process: add -n 0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """kill -9 everywhere: during training, at every call of a save, in and after evaluations; two towers drop.
 
-The whole matrix is one slow command, `pytest -m slow tests/faults/test_kill_matrix.py --fault-table`, whose
-last result stands in examples/guides/faults.md. `test_kills.py` holds the part that every run repeats.
+The whole matrix is one slow command, `pytest -n 0 -m slow tests/faults/test_kill_matrix.py --fault-table`,
+whose last result stands in examples/guides/faults.md. `test_kills.py` holds the part that every run repeats.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def test_every_row_of_the_list_has_a_test_named_after_it() -> None:
 def test_the_guide_has_the_rows_of_the_tests_and_their_results() -> None:
     written = table.read(table.GUIDE.read_text(encoding="utf-8"))
     declared = {row for found in table.declared().values() for row in found}
-    assert set(written) == declared, "write it again: pytest tests/faults --fault-table"
+    assert set(written) == declared, "write it again: pytest -n 0 tests/faults --fault-table"
     for row, result in written.items():
         assert re.fullmatch(r"\d+ passed, 20\d\d-\d\d-\d\d(, \d+ cores: .*)?", result), (row, result)
 
