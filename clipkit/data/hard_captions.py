@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipkit.data.curation.selection import Target, working
-from clipkit.data.curation.survey import OnPart, open_shards, read_samples
+from clipkit.data.curation.survey import OnPart, read_samples
 from clipkit.data.engine import Engine
 from clipkit.data.sample import MAX_JSON_BYTES, RawSample, Unusable, caption
 from clipkit.data.shards import ShardRecord, finish_train_shards, shard_name, write_copied_shard
+from clipkit.data.source import plain_shards
 from clipkit.data.word_classes import QUALITIES, THINGS
 from clipkit.types import ConfigError, DataError
 
@@ -297,7 +298,7 @@ def write_hard_captions(
     """
     if not options.field or "." in options.field:
         raise ConfigError(f"--field {options.field!r} is no name of an entry", "give a name without dots")
-    shards = open_shards(specs)
+    shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
     target = Target(out, None)
     with working(

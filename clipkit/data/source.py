@@ -150,6 +150,18 @@ def _read_list(path: str, allow_pipe: bool) -> list[str]:
     return shards
 
 
+def plain_shards(spec: str | Sequence[str]) -> list[str]:
+    """Returns the shards of `expand_shards`; ConfigError for one without random access."""
+    shards = expand_shards(spec, allow_pipe=True)
+    streamed = next((shard for shard in shards if needs_stream(shard)), None)
+    if streamed is not None:
+        raise ConfigError(
+            f"{streamed}: a compressed shard or a pipe cannot be read by random access",
+            "gunzip it, and give plain .tar files",
+        )
+    return shards
+
+
 def _expand_one(spec: str, allow_pipe: bool) -> list[str]:
     check_scheme(spec, allow_pipe)
     scheme = scheme_of(spec)

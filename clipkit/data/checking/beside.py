@@ -15,10 +15,9 @@ from clipkit.data.checking.findings import NOTE, Finding
 from clipkit.data.checking.samples import SampleRules
 from clipkit.data.checking.shard import Stated
 from clipkit.data.options import DEFAULT_STORAGE
-from clipkit.data.source import expand_shards, is_remote, needs_stream
+from clipkit.data.source import is_remote, plain_shards
 from clipkit.data.stated_counts import stated_counts
 from clipkit.data.tar_index import Index, saved_indices
-from clipkit.types import ConfigError
 
 COUNTER = "nshards.txt"
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.tar)", flags=re.IGNORECASE)
@@ -37,14 +36,7 @@ def find_shards(specs: Sequence[str]) -> list[str]:
         )
         whole = splits and not any(name.lower().endswith(".tar") for name in os.listdir(spec))
         wanted += map(str, splits) if whole else [spec]
-    shards = expand_shards(wanted, allow_pipe=True)
-    streamed = [shard for shard in shards if needs_stream(shard)]
-    if streamed:
-        raise ConfigError(
-            f"{streamed[0]}: a compressed shard or a pipe cannot be read by random access",
-            "gunzip it, and give plain .tar files",
-        )
-    return shards
+    return plain_shards(wanted)
 
 
 def rules_beside(shards: Sequence[str], rules: SampleRules) -> list[SampleRules]:

@@ -35,10 +35,11 @@ from clipkit.data.curation.similar import (
     unit_rows,
     usearch_index,
 )
-from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of, open_shards
+from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of
 from clipkit.data.curation.tables import shard_labels, written_lines
 from clipkit.data.engine import Engine
 from clipkit.data.shards import ShardRecord
+from clipkit.data.source import plain_shards
 from clipkit.types import ConfigError
 
 MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
@@ -363,7 +364,7 @@ def run_dedup(
     Raises ConfigError, and DataError for damaged shards.
     """
     job.check()
-    shards = open_shards(specs)
+    shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
     likeness = job.likeness
     with working(job.target, shards, job.description(), overwrite=overwrite, dry_run=dry_run) as survey:

@@ -27,11 +27,12 @@ from clipkit.data.curation.selection import (
     working,
     write_selection,
 )
-from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of, open_shards, rows_of
+from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of, rows_of
 from clipkit.data.curation.tables import FORMATS, check_format, read_scores, shard_labels, written_table
 from clipkit.data.curation.thresholds import top_threshold
 from clipkit.data.engine import Engine
 from clipkit.data.shards import ShardRecord
+from clipkit.data.source import plain_shards
 from clipkit.types import ConfigError, DataError
 
 SAMPLES, SCORES = "samples", "scores"
@@ -232,7 +233,7 @@ def run_filter(
     Raises ConfigError, and DataError for damaged shards and when nothing is left.
     """
     job.check()
-    shards = open_shards(specs)
+    shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
     with working(job.target, shards, job.description(), overwrite=overwrite, dry_run=dry_run) as survey:
         survey.make(SAMPLES, examine, numbers, engine, progress, (job.plan,))

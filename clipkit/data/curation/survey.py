@@ -18,23 +18,14 @@ from clipkit.data.options import DEFAULT_STORAGE
 from clipkit.data.remote import RemoteShards
 from clipkit.data.sample import RawSample
 from clipkit.data.scan import Blocks, ShardWalk
-from clipkit.data.source import expand_shards, is_remote, needs_stream
-from clipkit.types import ConfigError, DataError
+from clipkit.data.source import is_remote
+from clipkit.types import DataError
 
 Rows = NDArray[Any]
 OnPart = Callable[[str, int, int], None]
 """Called with (stage, parts done, parts in all)."""
 
 _BLOCK = 4 << 20
-
-
-def open_shards(specs: Sequence[str]) -> list[str]:
-    """Returns the shards that `specs` mean; ConfigError for those without random access."""
-    shards = expand_shards(specs, allow_pipe=True)
-    streamed = [shard for shard in shards if needs_stream(shard)]
-    if streamed:
-        raise ConfigError(f"{streamed[0]}: a compressed shard or a pipe", "give plain .tar files")
-    return shards
 
 
 def read_samples(shard: str) -> Iterator[RawSample]:

@@ -14,7 +14,7 @@ from clipkit.data.key_table import TableSpec
 from clipkit.data.options import DEFAULT_STORAGE
 from clipkit.data.query import Path as FieldPath
 from clipkit.data.query import Query, field_path
-from clipkit.data.source import expand_shards, is_remote, needs_stream
+from clipkit.data.source import is_remote, plain_shards
 from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError
 
@@ -174,11 +174,8 @@ def read_job(folder: Path) -> Reshard:
 
 def input_shards(specs: list[str]) -> tuple[str, ...]:
     """Returns the shards that SHARDS mean; ConfigError for those that cannot be read at random."""
-    shards = expand_shards(specs, allow_pipe=True)
-    for shard in shards:
-        if is_remote(shard) or needs_stream(shard):
-            raise ConfigError(
-                f"{shard}: samples are read at random, from plain .tar files of this machine",
-                "copy or unpack it first",
-            )
+    shards = plain_shards(specs)
+    distant = next((shard for shard in shards if is_remote(shard)), None)
+    if distant is not None:
+        raise ConfigError(f"{distant}: samples are read at random, from this machine", "copy it first")
     return tuple(shards)
