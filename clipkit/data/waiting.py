@@ -54,16 +54,23 @@ def together(work: Callable[[], Any]) -> Any:
     """Returns `work()` of this rank when all are done; raises the first error of any rank on all of them."""
     result: Any = None
     error: ClipkitError | None = None
+    unforeseen: Exception | None = None
 
     def attempt() -> None:
-        nonlocal result, error
+        nonlocal result, error, unforeseen
         try:
             result = work()
         except ClipkitError as caught:
             error = caught
+        except Exception as caught:  # raised below: the others must not wait for this rank
+            unforeseen = caught
+            summary = f"{type(caught).__name__}: {caught}"
+            error = ClipkitError(summary, "run it again with --traceback for details")
 
     while_others_wait(attempt)
     failures = [failure for failure in dist.gather_objects(error) if failure is not None]
+    if unforeseen is not None:
+        raise unforeseen
     if failures:
         raise failures[0]
     return result

@@ -323,6 +323,8 @@ def test_captions_that_are_no_columns_are_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path)
     with pytest.raises(DataError, match="no column 'titel'"):
         make(table, "titel")
+    with pytest.raises(ConfigError, match="two caption fields mean one column"):
+        make(table, "txt", "caption")
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "a.png").write_bytes(png(0))
     (tmp_path / "pairs" / "a.txt").write_text("a caption")

@@ -10,7 +10,7 @@ import pytest
 
 from clipkit import dist
 from clipkit.data import waiting
-from clipkit.types import DataError
+from clipkit.types import ClipkitError, DataError
 
 
 def test_alone_it_is_the_work_itself() -> None:
@@ -60,3 +60,21 @@ def _failing(rank: int, world_size: int) -> str | None:
     with pytest.raises(DataError) as caught:
         waiting.while_others_wait(work)
     return caught.value.cause
+
+
+def test_an_unforeseen_failure_ends_the_wait_of_the_others_too(run_ranks: Callable[..., list[Any]]) -> None:
+    assert run_ranks(2, _surprised) == ["OSError", "OSError: no space"]
+
+
+def _surprised(rank: int, world_size: int) -> str:
+    def work() -> None:
+        if rank == 0:
+            raise OSError("no space")
+
+    try:
+        waiting.together(work)
+    except OSError:
+        return "OSError"
+    except ClipkitError as error:
+        return error.cause
+    return "nothing"

@@ -82,7 +82,7 @@ def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
     Of several processes that ask at the same time one makes them and the others wait. Raises ConfigError for
     a cache that cannot be written or is too small, DataError for data that cannot be used.
     """
-    with in_words(_KEYS):
+    with in_words(_KEYS), _room():
         plan = planned(raw)
         facts, volume = describe(raw, plan)
         name = f"{_stem(plan.place)}-{_digest(facts)}"
@@ -109,7 +109,7 @@ def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
 def _make(raw: Raw, plan: Plan, folder: Path, rules: Rules, progress: Progress) -> Made:
     """Makes the shards and leaves the record that says so."""
     (folder / RECORD).unlink(missing_ok=True)
-    collection = collect(str(raw.path), plan.found, plan.reading)
+    collection = collect(str(raw.path), plan.found, plan.reading, folder)
     done = 0
 
     def count(rows: int) -> None:
@@ -165,6 +165,18 @@ def _accepted(raw: Raw, made: Made, rules: Rules, say: Say) -> Made:
     if made.rejected:
         say(f"{raw.path}: {made.rejected:,} of {total:,} entries left out (see {made.folder / REJECTS})")
     return made
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Says in words what the storage refuses while shards are made."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or 'the cache of shards'}: {error.strerror or error}",
+            "make room or repair the storage, or set data.cache to another folder; what is made is kept",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -129,6 +129,11 @@ def _planned_table(raw: Raw, asked: Reading, place: Path, named: tuple[str, ...]
         columns = tuple(dict.fromkeys((*first, *named)))
     else:
         columns = named
+    if len(columns) < len(raw.captions):
+        raise ConfigError(
+            f"{raw.path}: two caption fields mean one column ({', '.join(columns)} in all)",
+            "name every column once; txt means the captions as found",
+        )
     unstored = _not_for_json(place) | {image} | ({*columns} if len(columns) == 1 else set())
     for name in columns if len(columns) > 1 else ():
         if name in unstored or "." in name:
