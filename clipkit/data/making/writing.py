@@ -29,14 +29,13 @@ from clipkit.data.making.images import UNCHANGED, ImageRules
 from clipkit.data.making.made import Made
 from clipkit.data.making.samples import Layout, Tally, usable
 from clipkit.data.scan import scan_shard
+from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_shards
 from clipkit.data.shards import (
     TEMPORARY,
     Progress,
     ShardRecord,
-    begin_shards,
     finish_evaluation_set,
     finish_train_shards,
-    refuse_shards,
     shard_name,
     write_members,
 )
@@ -109,7 +108,7 @@ class MakeJob:
                     refuse_shards(self.folder)
                 begin_shards(self.folder)
                 self.finished.put(_BEGUN, {})
-            begin_shards(self.folder, "sizes.json", "manifest.json", "nshards.txt")
+            begin_shards(self.folder, *SUMMARIES, "nshards.txt")
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror})",
