@@ -8,7 +8,6 @@ with commas in a text file, arguments that look like numbers, characters that fs
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -19,24 +18,20 @@ import signal
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipkit.data.download_folder import SUMMARY, SUMMARY_FORMAT, claimed, prepare, statistics
 from clipkit.data.shards import write_text
 from clipkit.data.url_list import Columns, UrlList
 from clipkit.types import ClipkitError, ConfigError, DataError
 
 IMG2DATASET = "1.47.0"
 PYTHON = ">=3.9,<3.13"
-SUMMARY = "download.json"
-RECORD = ".clipkit-download"
 RESIZE_MODES = {"shorter": "keep_ratio", "longer": "keep_ratio_largest"}
 
-_STATS = re.compile(r"(\d{5,})_stats\.json")
-_COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
-_OWN = ("sizes.json", "manifest.json", SUMMARY)
 _TOTAL = re.compile(r"total\s+- .*count: (\d+)\s*$")
 _NOISE = re.compile(r"\s*$|worker\s+- |\d*it \[|\d+it$")
 _STATUSES = 100  # kinds of failure that the summary lists
@@ -160,7 +155,7 @@ def read_outcome(out: Path, num_shards: int | None = None) -> Outcome:
     """Returns what img2dataset has finished in `out`; num_shards: how many there will be, where known."""
     found = Outcome()
     numbers: set[int] = set()
-    for path, number, stats in _statistics(out):
+    for path, number, stats in statistics(out):
         tar = path.with_name(f"{path.name.removesuffix('_stats.json')}.tar")
         if stats is None or not tar.is_file():
             continue
@@ -177,22 +172,6 @@ def read_outcome(out: Path, num_shards: int | None = None) -> Outcome:
     return found
 
 
-def _statistics(out: Path) -> Iterator[tuple[Path, int, dict[str, Any] | None]]:
-    """Yields (file, number of the shard, content) in order; None for what was cut by a kill."""
-    for path in sorted(out.glob("*_stats.json")):
-        match = _STATS.fullmatch(path.name)
-        if match is None:
-            continue
-        try:
-            stats = json.loads(path.read_bytes())
-            whole = isinstance(stats["status_dict"], dict) and all(
-                isinstance(stats[name], int) for name in _COUNTS
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        yield path, int(match[1]), stats if whole else None
-
-
 def run_download(
     download: Download, on_line: Callable[[str], None], on_rows: Callable[[int], None]
 ) -> Outcome:
@@ -204,8 +183,8 @@ def run_download(
     """
     command = command_of(download)
     out, num_shards = download.out, download.source.num_shards(download.per_shard)
-    with _claimed(out, download.identity()) as lock:
-        _prepare(out)
+    with claimed(out, download.identity()) as lock:
+        prepare(out)
         done = read_outcome(out, num_shards).rows
         try:
             last, code = _run(command, lock, on_line, lambda rows: on_rows(done + rows))
@@ -233,85 +212,6 @@ def run_download(
     if not found.rows:
         raise DataError("img2dataset found no row to download", "give a list with at least one address")
     return found
-
-
-@contextlib.contextmanager
-def _claimed(out: Path, identity: Mapping[str, Any]) -> Iterator[int]:
-    """Holds the folder for one download; yields the descriptor of the lock, for the child to hold as well."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise ConfigError(
-            f"{out}: cannot be written ({error.strerror})", "choose a folder you may write to"
-        ) from error
-    try:
-        _lock(descriptor, out)
-        try:
-            _check_record(out, identity)
-        except ConfigError:
-            if not os.fstat(descriptor).st_size:
-                (out / RECORD).unlink()  # a folder that is refused stays as it was
-            raise
-        with open(descriptor, "r+", encoding="utf-8", closefd=False) as record:
-            record.truncate()
-            record.write(json.dumps(identity, ensure_ascii=False))
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"{out}: another download is writing there", "wait for it, or end it first"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{out}: cannot be locked ({error.strerror})", "choose a folder of a file system that has locks"
-        ) from error
-
-
-def _check_record(out: Path, identity: Mapping[str, Any]) -> None:
-    try:
-        before = dict(json.loads((out / RECORD).read_text(encoding="utf-8") or "{}"))
-    except (ValueError, TypeError):
-        before = {}  # cut by a kill before anything was downloaded
-    finished = [path for path, _, stats in _statistics(out) if stats is not None]
-    if not finished:
-        if any(out.glob("*.tar")) and not before:
-            raise ConfigError(f"{out}: holds shards that img2dataset did not make", "choose another folder")
-        return
-    different = [
-        f"{key} {before[key]!r} -> {value!r}"
-        for key, value in identity.items()
-        if key in before and before[key] != value
-    ]
-    if different:
-        raise ConfigError(
-            f"{out}: holds shards of another list or of other options: {', '.join(different)}",
-            "choose another folder, or repeat what was given before",
-        )
-
-
-def _prepare(out: Path) -> None:
-    """Removes what img2dataset stumbles over: files that clipkit makes again, statistics without a tar."""
-    for path in [*(out / name for name in _OWN), *out.glob(".clipkit-index-*.json")]:
-        path.unlink(missing_ok=True)
-    for path, _, stats in _statistics(out):
-        tar = path.with_name(f"{path.name.removesuffix('_stats.json')}.tar")
-        if stats is None or not tar.is_file():
-            path.unlink()
-    strange = [
-        path for path in out.iterdir() if path.name.endswith(".json") and not _STATS.fullmatch(path.name)
-    ]
-    if strange:
-        raise ConfigError(
-            f"{strange[0]}: img2dataset takes every .json file in its folder for its own",
-            "move it away, or choose another folder",
-        )
 
 
 def _run(
@@ -385,7 +285,7 @@ def _write_summary(out: Path, found: Outcome) -> None:
     if not found.shards:
         return
     summary = {
-        "format": "clipkit download 1",
+        "format": f"{SUMMARY_FORMAT}1",
         "img2dataset": IMG2DATASET,
         "rows": found.rows,
         "successes": found.successes,

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.data.engine import Engine
-from clipkit.types import ConfigError, DataError
+from clipkit.data.shard_folder import MANIFEST_FORMAT, SUMMARIES, begin_shards
+from clipkit.types import DataError
 
 Progress = Callable[[int], None]
 """Called with the number of samples written since the last call."""
@@ -120,7 +121,7 @@ def write_train_shards(
 
     Returns one record per shard. sizes.json ({name: samples}) is what open_clip reads.
     """
-    begin_shards(out, "sizes.json", "manifest.json")
+    begin_shards(out, *SUMMARIES)
     records = []
     stream = iter(samples)
     for number in itertools.count():
@@ -143,7 +144,7 @@ def write_train_parts(
 
     Each part travels to a process, so it must pickle. Returns one record per shard.
     """
-    begin_shards(out, "sizes.json", "manifest.json")
+    begin_shards(out, *SUMMARIES)
     jobs = [(out / shard_name(number), part) for number, part in enumerate(parts)]
     count = None if progress is None else lambda record: progress(record.samples)
     return finish_train_shards(out, list(Engine(workers).map(_write_part, jobs, count)))
@@ -159,7 +160,7 @@ def finish_train_shards(
     """
     _keep_only(out, records)
     manifest = {
-        "format": "clipkit shards 1",
+        "format": f"{MANIFEST_FORMAT}1",
         **({} if job is None else {"job": job}),
         "samples": sum(record.samples for record in records),
         "shards": [vars(record) for record in records],
@@ -167,12 +168,6 @@ def finish_train_shards(
     write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     write_text(out / "sizes.json", json.dumps({record.name: record.samples for record in records}) + "\n")
     return list(records)
-
-
-def refuse_shards(folder: Path) -> None:
-    """Raises ConfigError when `folder` already holds tar files, which writing there would replace."""
-    if any(folder.glob("*.tar")):
-        raise ConfigError(f"{folder} already holds shards", "choose another folder, or pass --overwrite")
 
 
 def write_evaluation_set(
@@ -246,13 +241,6 @@ def _write_part(path: Path, part: Callable[[], Iterable[Sample]]) -> ShardRecord
 def _beside(path: Path) -> Path:
     # Of its own: a job that is started twice by mistake must not write into the file of the other.
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-
-
-def begin_shards(folder: Path, *summaries: str) -> None:
-    """Makes the folder and removes the summaries of an earlier run, written again when all is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in summaries:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _keep_only(folder: Path, records: Sequence[ShardRecord]) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clipkit.data.shard_folder import refuse_foreign, refuse_shards
 from clipkit.data.shards import (
     EvaluationItem,
     Sample,
     image_extension,
     normalize_caption,
-    refuse_shards,
     write_evaluation_set,
     write_train_parts,
     write_train_shards,
@@ -208,3 +208,24 @@ def test_writers_load_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("manifest.json", '{"name": "a web page", "icons": []}'), ("manifest.json", "["), ("sizes.json", "{}")],
+)
+def test_files_of_others_are_refused_and_stay(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=name):
+        write_train_shards(map(sample, range(3)), tmp_path)
+    assert contents(tmp_path) == {name: content.encode()}
+
+
+def test_summaries_of_earlier_shards_are_replaced(tmp_path: Path) -> None:
+    write_train_shards(map(sample, range(3)), tmp_path)
+    (tmp_path / "00000.tar").unlink()
+    refuse_foreign(tmp_path)  # sizes.json beside the manifest
+    write_train_shards(map(sample, range(2)), tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    refuse_foreign(tmp_path)  # sizes.json beside shards, as img2dataset's are kept
+    assert write_train_shards(map(sample, range(3)), tmp_path)[0].samples == 3

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from clipkit.data.engine import Engine
     from clipkit.data.making.collection import Collection, Reading
-    from clipkit.data.making.writing import Made, MakeJob, Making
+    from clipkit.data.making.made import Made
+    from clipkit.data.making.writing import MakeJob, Making
 
 
 class Target(StrEnum):

@@ -27,10 +27,10 @@ from clipkit.data.curation.tables import (
 )
 from clipkit.data.engine import Engine
 from clipkit.data.finished import Finished
+from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, refuse_shards
 from clipkit.data.shards import (
     ShardRecord,
     finish_train_shards,
-    refuse_shards,
     shard_name,
     write_copied_shard,
     write_text,
@@ -122,6 +122,8 @@ def working(
     work = Finished(target.folder, job)
     if target.out is not None and not overwrite and not work.begun:
         refuse_shards(target.out)
+    if target.out is not None:
+        refuse_foreign(target.out)
     try:
         work.place("begun").touch()
     except OSError as error:
@@ -267,8 +269,7 @@ def write_parts(
     progress: OnPart | None = None,
 ) -> list[ShardRecord]:
     """Writes shard i by function(path, *part i), unless its record is there, and the manifest at the end."""
-    for name in ("sizes.json", "manifest.json"):
-        (out / name).unlink(missing_ok=True)
+    begin_shards(out, *SUMMARIES)
     known: dict[str, ShardRecord] = {}
     order: list[str] = []
 

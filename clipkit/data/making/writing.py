@@ -13,9 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
+import tarfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,19 @@ from clipkit.data.finished import Finished
 from clipkit.data.indexing import RECORDS, Indexing, write_record
 from clipkit.data.making.collection import Collection, Entry, Images
 from clipkit.data.making.images import UNCHANGED, ImageRules
+from clipkit.data.making.made import Made
 from clipkit.data.making.samples import Layout, Tally, usable
 from clipkit.data.scan import scan_shard
+from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_shards
 from clipkit.data.shards import (
     TEMPORARY,
     Progress,
     ShardRecord,
-    begin_shards,
     finish_evaluation_set,
     finish_train_shards,
-    refuse_shards,
     shard_name,
     write_members,
 )
-from clipkit.data.tables import RowReject
 from clipkit.redaction import visible
 from clipkit.types import ClipkitError, ConfigError, DataError
 
@@ -65,51 +64,6 @@ class Making:
     shard_bytes: int | None = None
     rules: ImageRules = UNCHANGED
     max_reject_fraction: float = 0.01
-
-
-@dataclass
-class Made:
-    """What a job found and wrote. empty: shards that are left out, because no row of theirs is usable."""
-
-    records: list[ShardRecord] = field(default_factory=list)
-    rejects: Counter[str] = field(default_factory=Counter)
-    first: RowReject | None = None
-    rows: int = 0
-    rotated: int = 0
-    encoded: int = 0
-    resumed: int = 0
-    empty: int = 0
-
-    def add(self, outcome: dict[str, Any]) -> None:
-        """Takes in the outcome of one part."""
-        if outcome["record"] is None:
-            self.empty += 1
-        else:
-            self.records.append(ShardRecord(**outcome["record"]))
-        for reject in outcome["rejects"]:
-            self.first = self.first or RowReject(**reject)
-            self.rejects[reject["reason"]] += 1
-        self.rows += outcome["rows"]
-        self.rotated += outcome["rotated"]
-        self.encoded += outcome["encoded"]
-
-    @property
-    def usable(self) -> int:
-        """Rows that are samples."""
-        return self.rows - self.rejects.total()
-
-    def refuse_too_many(self, source: str, rows: int, max_fraction: float) -> None:
-        """Raises DataError when more than `max_fraction` of `rows` are unusable, naming the first."""
-        if self.first is not None and self.rejects.total() > max_fraction * rows:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejects.most_common())
-            first = (
-                f"row {self.first.row}, {self.first.image}: {self.first.reason} {self.first.detail}".rstrip()
-            )
-            raise DataError(
-                f"{source}: {self.rejects.total():,} of the first {self.rows:,} rows are unusable "
-                f"({reasons}); first: {first}",
-                "check --images and the columns, or allow more with --max-reject-fraction",
-            )
 
 
 class MakeJob:
@@ -142,16 +96,19 @@ class MakeJob:
         }
         self.finished = Finished(self.folder, {**self.job, "at": _place(collection.images)})
         self._bounds: list[int] | None = None
+        self._new_folders: list[Path] = []
+        self._replaced: dict[int, tuple[int, int] | None] = {}
 
     def begin(self, overwrite: bool) -> None:
         """Makes the folder, or continues there; ConfigError when it holds shards of something else."""
+        self._new_folders = [folder for folder in (self.folder, self.out) if not folder.exists()]
         try:
             if self.finished.get(_BEGUN) is None:
                 if not overwrite:
                     refuse_shards(self.folder)
                 begin_shards(self.folder)
                 self.finished.put(_BEGUN, {})
-            begin_shards(self.folder, "sizes.json", "manifest.json", "nshards.txt")
+            begin_shards(self.folder, *SUMMARIES, "nshards.txt")
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror})",
@@ -174,7 +131,8 @@ class MakeJob:
     def _by_bytes(self, engine: Engine, progress: Progress | None) -> list[int]:
         limit = self.making.shard_bytes
         assert limit is not None
-        limit -= 2 * _TAR_BLOCK  # the end of the archive
+        # An archive ends with two empty blocks and is padded to whole records.
+        limit = limit // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * _TAR_BLOCK
         bounds, samples, used, number = [0], 0, 0, 0
         for sizes, _ in self._survey(engine, progress, sizes=True):
             for size in sizes.tolist():
@@ -244,29 +202,28 @@ class MakeJob:
         self, engine: Engine, wanted: range, bounds: list[int], made: Made
     ) -> Generator[dict[str, Any], None, None]:
         """Yields the outcome of every wanted shard in order: from its record, or made now."""
-        known = {number: self._known(number) for number in wanted}
-        pending = [number for number, outcome in known.items() if outcome is None]
+        # Numbers alone: a record holds the rejects of its shard, and is read when its turn comes.
+        pending = {number for number in wanted if self._known(number) is None}
         made.resumed = len(wanted) - len(pending)
         if self.layout.train:
             (self.folder / RECORDS).mkdir(exist_ok=True)
-        parts = (
-            (
-                self.folder / self._name(number),
-                self.layout,
-                self.collection.images,
-                self.making.rules,
-                bounds[number],
-                self.collection.part(bounds[number], bounds[number + 1]),
-            )
-            for number in pending
-        )
-        fresh = engine.map(_make_part, parts)
+        fresh = engine.map(_make_part, (self._part(number, bounds) for number in sorted(pending)))
         for number in wanted:
-            outcome = known.pop(number)
+            outcome = None if number in pending else self._known(number)
             if outcome is None:
-                outcome = next(fresh)
+                # What vanished in between is made here.
+                outcome = next(fresh) if number in pending else _make_part(*self._part(number, bounds))
                 self.finished.put(f"{number:05d}", outcome)
             yield outcome
+
+    def _part(
+        self, number: int, bounds: list[int]
+    ) -> tuple[Path, Layout, Images, ImageRules, int, list[Entry]]:
+        """Returns the arguments of `_make_part` for a shard, and notes which file it is going to replace."""
+        path, first = self.folder / self._name(number), bounds[number]
+        self._replaced[number] = _identity(path)
+        entries = self.collection.part(first, bounds[number + 1])
+        return path, self.layout, self.collection.images, self.making.rules, first, entries
 
     def _known(self, number: int) -> dict[str, Any] | None:
         outcome = self.finished.get(f"{number:05d}")
@@ -309,16 +266,31 @@ class MakeJob:
         os.replace(temporary, self.out / _REJECTS)
 
     def _withdraw(self, wanted: Iterable[int], whole: bool) -> None:
-        """Removes what was written. The records of a share stay: those of other machines are among them."""
+        """Removes what this job wrote: with --overwrite, shards of an earlier set lie among the wanted.
+
+        The records of a share stay: those of other machines are among them.
+        """
         for number in wanted:
-            (self.folder / self._name(number)).unlink(missing_ok=True)
+            path = self.folder / self._name(number)
+            # Workers are ahead of the records: what they were given is theirs if it is another file now.
+            made = number in self._replaced and _identity(path) != self._replaced[number]
+            if made or self._known(number) is not None:
+                path.unlink(missing_ok=True)
         if not whole:
             return
         self.finished.clear()
         shutil.rmtree(self.folder / RECORDS, ignore_errors=True)
-        for folder in dict.fromkeys((self.folder, self.out)):
+        for folder in dict.fromkeys(self._new_folders):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _place(images: Images) -> str:

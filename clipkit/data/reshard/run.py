@@ -19,7 +19,8 @@ from clipkit.data.reshard.job import Reshard, write_job
 from clipkit.data.reshard.plan import PLAN, Plan, make_plan, plan_of, remove_choices
 from clipkit.data.reshard.select import choices_path, choose, fields_stem, subset_stem
 from clipkit.data.reshard.write import write_output
-from clipkit.data.shards import ShardRecord, begin_shards, finish_train_shards, refuse_shards
+from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, refuse_shards
+from clipkit.data.shards import ShardRecord, finish_train_shards
 from clipkit.data.uid_subset import UidSubset
 from clipkit.types import ClipkitError, ConfigError
 
@@ -79,11 +80,13 @@ class Resharding:
         elif not overwrite:
             for folder in self.job.folders:
                 refuse_shards(folder)
+        for folder in self.job.folders:
+            refuse_foreign(folder)
         if self.dry_run:
             return True
         try:
             for folder in self.job.folders:
-                begin_shards(folder, "sizes.json", "manifest.json")
+                begin_shards(folder, *SUMMARIES)
         except OSError as error:
             raise ConfigError(
                 f"--out {error.filename} cannot be written ({error.strerror})",
