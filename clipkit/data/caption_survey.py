@@ -61,7 +61,7 @@ class CaptionSurvey:
             return -math.expm1((b - 1) * math.log1p(-agree)) if agree < 1 else 1.0
         sizes, times = np.unique(self.repeats, return_counts=True)
         alone = [none_of(int(size) - 1, b - 1, n - 1) for size in sizes]
-        return float(sum(m * t * (1 - p) for m, t, p in zip(sizes, times, alone, strict=True))) / n
+        return max(0.0, float(sum(m * t * (1 - p) for m, t, p in zip(sizes, times, alone, strict=True))) / n)
 
     def describe(self, batch_size: int) -> str:
         """Returns a line for the banner."""

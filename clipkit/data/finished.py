@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clipkit.data.tar_index import replacing
+from clipkit.types import ClipkitError
 
 FOLDER = ".clipkit-job"
 
@@ -62,3 +65,29 @@ class Finished:
     def clear(self) -> None:
         """Removes all records, once the job as a whole is finished."""
         shutil.rmtree(self._all, ignore_errors=True)
+
+
+def is_whole(path: Path, size: int) -> bool:
+    """Returns whether an output is still there in its recorded size: users remove and cut files, too."""
+    try:
+        return os.stat(path).st_size == size
+    except OSError:
+        return False
+
+
+@contextmanager
+def storing(folder: Path, *, continues: bool = True) -> Iterator[None]:
+    """Turns a failure of the storage, such as a full disk, into one line of cause and one of cure.
+
+    continues: whether what is finished in `folder` is kept for the next start.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of the terminal
+    except OSError as error:
+        again = "start the same command again" + (": it continues" if continues else "")
+        raise ClipkitError(
+            f"{error.filename or folder}: {error.strerror or error}",
+            f"make room or repair the storage, then {again}",
+        ) from error

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 from clipkit.data.curation.selection import Target, working
 from clipkit.data.curation.survey import OnPart, read_samples
 from clipkit.data.engine import Engine
+from clipkit.data.finished import is_whole
 from clipkit.data.sample import MAX_JSON_BYTES, RawSample, Unusable, caption
+from clipkit.data.shard_folder import begin_shards
 from clipkit.data.shards import ShardRecord, finish_train_shards, shard_name, write_copied_shard
 from clipkit.data.source import plain_shards
 from clipkit.data.word_classes import QUALITIES, THINGS
@@ -306,11 +308,19 @@ def write_hard_captions(
     ) as survey:
         work = survey.work
         folder = work.place("copies").parent if dry_run else out
-        pending = [number for number in numbers if work.get(shard_name(number)) is None]
+        if not dry_run:
+            # They speak of the shards that are replaced now.
+            begin_shards(out, "sizes.json", "manifest.json")
+        pending = [
+            number
+            for number in numbers
+            if (record := work.get(shard_name(number))) is None
+            or not is_whole(folder / shard_name(number), record["record"]["bytes"])
+        ]
         parts = ((folder / shard_name(number), shards[number], options) for number in pending)
         for done, written in enumerate(engine.map(add_hard_captions, parts), 1):
-            record = {"record": vars(written.record), "made": list(written.made.items())}
-            work.put(written.record.name, {**record, "reasons": written.reasons})
+            entry = {"record": vars(written.record), "made": list(written.made.items())}
+            work.put(written.record.name, {**entry, "reasons": written.reasons})
             if dry_run:
                 (folder / written.record.name).unlink()
             if progress is not None:

@@ -37,7 +37,7 @@ CaptionOption = Annotated[
 UidOption = Annotated[
     str, typer.Option("--uid-field", metavar="FIELD", help="Field of the uid, for --keys-out FILE.npy.")
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the shards in --out.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies at the outputs.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of the towers.")]

@@ -16,14 +16,14 @@ from clipkit.data.checking.beside import COUNTER, rules_beside
 from clipkit.data.checking.findings import writable
 from clipkit.data.checking.job import SetCheck
 from clipkit.data.checking.samples import SampleRules
-from clipkit.data.checking.shard import OUT_OF_REACH, is_dotted, samples_of
+from clipkit.data.checking.shard import is_dotted, samples_of
 from clipkit.data.checking.walking import OpenShard, opened_shard
 from clipkit.data.engine import Engine
-from clipkit.data.finished import Finished
+from clipkit.data.finished import Finished, is_whole, storing
 from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, SampleSpan
 from clipkit.data.shard_records import OnShard
 from clipkit.data.shards import ShardRecord, finish_train_shards, write_copied_shard, write_text
-from clipkit.data.source import is_remote
+from clipkit.data.source import Unreadable, is_remote
 from clipkit.data.tar_format import Member, ShardDamage
 from clipkit.data.tar_index import replacing
 from clipkit.redaction import redact
@@ -57,6 +57,7 @@ def check_destination(shards: Sequence[str], out: Path) -> None:
                 f"{names[name]} and {shard} have the same name", "repair one folder of shards at a time"
             )
         names[name] = shard
+    _texts(shards, out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--repair {out} is not a folder", "choose a folder")
 
@@ -72,9 +73,21 @@ def repair_set(
     """Writes clean copies of the damaged shards into `out`, beside hard links to (or copies of) the others.
 
     check: that of the whole set. Repeated after an interruption it continues. Raises ConfigError for a folder
-    that holds other shards.
+    that holds other shards, Unreadable for a shard that is out of reach now.
     """
     check_destination(shards, out)
+    with storing(out):
+        return _repair_set(shards, check, rules, out, engine, on_shard)
+
+
+def _repair_set(
+    shards: Sequence[str],
+    check: SetCheck,
+    rules: SampleRules,
+    out: Path,
+    engine: Engine,
+    on_shard: OnShard | None,
+) -> Repaired:
     rules_of = rules_beside(shards, rules)
     facts = [[_identity(shard), asdict(rule)] for shard, rule in zip(shards, rules_of, strict=True)]
     finished = Finished(out, {"job": "repair 1", "shards": facts, "damaged": check.torn})
@@ -83,7 +96,7 @@ def repair_set(
     out.mkdir(parents=True, exist_ok=True)
     finished.place("")
     broken = set(check.torn)
-    pending = [number for number in range(len(shards)) if finished.get(str(number)) is None]
+    pending = [n for n, shard in enumerate(shards) if not _is_done(finished.get(str(n)), _folder(shard, out))]
     jobs = (
         (shards[n], rules_of[n], str(_target(shards[n], out)), n in broken, check.counts[n]) for n in pending
     )
@@ -101,6 +114,13 @@ def repair_set(
     repaired = _assemble(shards, records, out, broken)
     finished.clear()
     return repaired
+
+
+def _is_done(record: dict[str, Any] | None, folder: Path) -> bool:
+    if record is None:
+        return False
+    written = record["shard"]
+    return written is None or is_whole(folder / written["name"], written["bytes"])
 
 
 def _assemble(shards: Sequence[str], records: list[dict[str, Any]], out: Path, broken: set[int]) -> Repaired:
@@ -130,9 +150,20 @@ def _finish(folder: Path, kept: list[ShardRecord], shards: Sequence[str], out: P
         return
     # An evaluation set: its texts stand beside its splits, and shards are counted from 0.
     write_text(folder / COUNTER, f"{len(kept)}\n")
-    for source in {Path(shard).absolute().parent.parent for shard in shards}:
-        for text in source.glob("*.txt"):
-            shutil.copyfile(text, out / text.name)
+    for name, text in _texts(shards, out).items():
+        shutil.copyfile(text, out / name)
+
+
+def _texts(shards: Sequence[str], out: Path) -> dict[str, Path]:
+    """The text files of the evaluation sets by name. ConfigError where two sets differ in one."""
+    found: dict[str, Path] = {}
+    folders = (Path(shard).absolute().parent.parent for shard in shards if _folder(shard, out) != out)
+    for folder in dict.fromkeys(folders):
+        for text in sorted(folder.glob("*.txt")):
+            first = found.setdefault(text.name, text)
+            if first.read_bytes() != text.read_bytes():
+                raise ConfigError(f"{first} and {text} differ", "repair one evaluation set at a time")
+    return found
 
 
 def _folder(shard: str, out: Path) -> Path:
@@ -166,8 +197,16 @@ def _repair_shard(shard: str, rules: SampleRules, target: str, damaged: bool, sa
     try:
         with opened_shard(shard) as opened:
             kept = list(salvage.samples(opened))
-    except OUT_OF_REACH as error:
-        salvage.drop("", "unreadable", error.cause if isinstance(error, DataError) else str(error), None)
+    except Unreadable:
+        raise
+    except OSError as error:
+        # A storage that fails now may answer later: a copy without this shard would look clean.
+        raise Unreadable(
+            f"{shard}: cannot be read ({error.strerror or error})",
+            "bring it back and start the same command again: it continues; or leave this shard out",
+        ) from error
+    except DataError as error:
+        salvage.drop("", "unreadable", error.cause, None)
         kept = []
     written = None
     if kept:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -250,11 +252,15 @@ class DuplicateVerdicts:
                     numbers, own = next(vectors)
                     mine, theirs, cosines = similar_rows(own, evaluation.vectors, likeness.cosine)
                     found.append((numbers[mine], theirs, "cosine", cosines.tolist()))
+                # A pair may match by both: it is one pair, and one line.
+                pairs: dict[tuple[int, int], dict[str, float]] = {}
                 for samples, others, name, values in found:
                     self._bits[samples] |= np.uint16(1 << self.rules.index(EVALUATION))
-                    count += len(samples)
                     for sample, other, value in zip(samples.tolist(), others.tolist(), values, strict=True):
-                        write({**self._named(sample), "image": evaluation.names[other], name: value})
+                        pairs.setdefault((sample, other), {})[name] = value
+                count += len(pairs)
+                for (sample, other), by in pairs.items():
+                    write({**self._named(sample), "image": evaluation.names[other], **by})
         return count
 
     def _named(self, sample: int) -> dict[str, str]:
@@ -273,7 +279,12 @@ class DuplicateVerdicts:
 
     def copy_matches(self, path: Path) -> None:
         """Writes the list of pairs of a sample and an evaluation image."""
-        path.write_bytes(self._evaluation_file.read_bytes())
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            shutil.copyfile(self._evaluation_file, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -367,7 +378,10 @@ def run_dedup(
     shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
     likeness = job.likeness
-    with working(job.target, shards, job.description(), overwrite=overwrite, dry_run=dry_run) as survey:
+    read = [] if job.embeddings is None else [job.embeddings]
+    with working(
+        job.target, shards, job.description(), inputs=read, overwrite=overwrite, dry_run=dry_run
+    ) as survey:
         kinds = (likeness.hashes, job.caption, job.uid_field)
         survey.make(HASHES, fingerprint_shard, numbers, engine, progress, kinds)
         if embed is not None:

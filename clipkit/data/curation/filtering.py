@@ -235,7 +235,11 @@ def run_filter(
     job.check()
     shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
-    with working(job.target, shards, job.description(), overwrite=overwrite, dry_run=dry_run) as survey:
+    entries = None if job.plan.entries is None else job.plan.entries.path
+    read = [path for path in (job.score_table, entries) if path is not None]
+    with working(
+        job.target, shards, job.description(), inputs=read, overwrite=overwrite, dry_run=dry_run
+    ) as survey:
         survey.make(SAMPLES, examine, numbers, engine, progress, (job.plan,))
         if score is not None:
             survey.make(SCORES, score, numbers, Engine(), progress)

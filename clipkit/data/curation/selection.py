@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from clipkit.data.curation.tables import (
     written_table,
 )
 from clipkit.data.engine import Engine
-from clipkit.data.finished import Finished
+from clipkit.data.finished import Finished, is_whole, storing
 from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, refuse_shards
 from clipkit.data.shards import (
     ShardRecord,
@@ -62,8 +61,11 @@ class Target:
     out: Path | None
     keys_out: Path | None
 
-    def check(self, shards: Sequence[str]) -> None:
-        """Raises ConfigError for targets that are missing, unknown, or the source itself."""
+    def check(self, shards: Sequence[str], inputs: Sequence[Path] = ()) -> None:
+        """Raises ConfigError for targets that are missing, unknown, or the source itself.
+
+        inputs: other files that the job reads.
+        """
         if self.out is None and self.keys_out is None:
             raise ConfigError(
                 "no output is named", "pass --out DIR for shards, or --keys-out FILE for a list"
@@ -72,7 +74,17 @@ class Target:
             check_format(self.keys_out, FORMATS, "--keys-out")
             if self.keys_out.is_dir():
                 raise ConfigError(f"--keys-out {self.keys_out} is a folder", "name a file")
+            for path in (*map(str, inputs), *(shard for shard in shards if not is_remote(shard))):
+                if os.path.realpath(path) == os.path.realpath(self.keys_out):
+                    raise ConfigError(f"--keys-out {self.keys_out} is read by this job", "name another file")
         refuse_source(self.out, shards)
+
+    def refuse_other(self) -> None:
+        """Raises ConfigError when the target holds what another job, or an earlier one, wrote."""
+        if self.out is not None:
+            refuse_shards(self.out)
+        if self.keys_out is not None and self.keys_out.exists():
+            raise ConfigError(f"--keys-out {self.keys_out} exists", "name another file, or pass --overwrite")
 
     @property
     def folder(self) -> Path:
@@ -87,7 +99,7 @@ class Target:
         if self.out is not None:
             return self.out / name
         assert self.keys_out is not None
-        return self.keys_out.with_name(f"{self.keys_out.stem}.{name}")
+        return self.keys_out.with_name(f"{self.keys_out.name}.{name}")
 
 
 def refuse_source(out: Path | None, shards: Sequence[str]) -> None:
@@ -95,7 +107,11 @@ def refuse_source(out: Path | None, shards: Sequence[str]) -> None:
     if out is None:
         return
     for shard in shards:
-        if not is_remote(shard) and os.path.realpath(os.path.dirname(shard) or ".") == os.path.realpath(out):
+        if is_remote(shard):
+            continue
+        # A linked shard lies in two folders, and writing to either would replace it.
+        folders = os.path.realpath(os.path.dirname(shard) or "."), os.path.dirname(os.path.realpath(shard))
+        if os.path.realpath(out) in folders:
             raise ConfigError(f"--out {out} holds the shards that are read", "choose another folder")
 
 
@@ -105,23 +121,25 @@ def working(
     shards: Sequence[str],
     description: tuple[str, Mapping[str, Any]],
     *,
+    inputs: Sequence[Path] = (),
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Iterator[Survey]:
     """Yields the survey of a job; its records lie at the target, those of a dry run in a temporary folder.
 
-    ConfigError when the target holds shards of something else, or cannot be written.
+    inputs: files that are read besides the shards. ConfigError when the target holds something else, or
+    cannot be written.
     """
     name, options = description
-    target.check(shards)
+    target.check(shards, inputs)
     job = job_description(name, shards, dict(options))
     if dry_run:
-        with tempfile.TemporaryDirectory(prefix="clipkit-") as folder:
+        with tempfile.TemporaryDirectory(prefix="clipkit-") as folder, storing(Path(folder), continues=False):
             yield Survey(tuple(shards), Finished(Path(folder), job))
         return
     work = Finished(target.folder, job)
-    if target.out is not None and not overwrite and not work.begun:
-        refuse_shards(target.out)
+    if not overwrite and not work.begun:
+        target.refuse_other()
     if target.out is not None:
         refuse_foreign(target.out)
     try:
@@ -130,7 +148,8 @@ def working(
         raise ConfigError(
             f"{target.folder} cannot be written ({error.strerror})", "choose a folder you may write to"
         ) from error
-    yield Survey(tuple(shards), work)
+    with storing(target.folder):
+        yield Survey(tuple(shards), work)
 
 
 @dataclass(frozen=True)
@@ -208,7 +227,9 @@ def write_selection(
 def _end(survey: Survey, target: Target) -> None:
     survey.work.clear()
     if target.out is None:
-        shutil.rmtree(target.folder, ignore_errors=True)
+        # What else lies there is not of this job, and keeps the folder.
+        with suppress(OSError):
+            target.folder.rmdir()
 
 
 def write_dropped(survey: Survey, kind: str, verdicts: Verdicts, path: Path) -> None:
@@ -232,7 +253,8 @@ def write_keys(survey: Survey, kind: str, verdicts: Verdicts, path: Path) -> Non
     kept = ((number, survey.rows(kind, number)[verdicts.bits(number) == 0]) for number in numbers)
     if path.suffix == ".npy":
         total = sum(int((verdicts.bits(number) == 0).sum()) for number in numbers)
-        write_uids(path, (np.asarray(rows["uid"]) for _, rows in kept), total)
+        folder = survey.work.place("buckets").parent
+        write_uids(path, (np.asarray(rows["uid"]) for _, rows in kept), total, folder)
         return
     labels = shard_labels(survey.shards)
     with written_table(path) as write:
@@ -278,7 +300,7 @@ def write_parts(
             name = shard_name(number)
             order.append(name)
             record = work.get(name)
-            if record is None or not (out / name).is_file():
+            if record is None or not is_whole(out / name, record["bytes"]):
                 yield out / name, *part
             else:
                 known[name] = ShardRecord(**record)

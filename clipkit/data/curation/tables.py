@@ -136,9 +136,10 @@ def written_lines(path: Path) -> Iterator[Any]:
         temporary.unlink(missing_ok=True)
 
 
-def write_uids(path: Path, halves: Iterator[NDArray[np.uint64]], num_uids: int) -> None:
+def write_uids(path: Path, halves: Iterator[NDArray[np.uint64]], num_uids: int, folder: Path) -> None:
     """Writes DataComp's subset file: dtype u8,u8, sorted by both halves, from (n, 2) parts.
 
+    folder: of the job itself, for files of its own while it sorts.
     DataError for a uid that occurs twice: DataComp's resharder would write the sample twice.
     """
     from clipkit.data.curation.groups import Buckets
@@ -146,7 +147,7 @@ def write_uids(path: Path, halves: Iterator[NDArray[np.uint64]], num_uids: int) 
     kind = np.dtype([("high", "<u8"), ("low", "<u8")])
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with Buckets(path.parent, kind, num_uids) as buckets, temporary.open("wb") as out:
+        with Buckets(folder, kind, num_uids) as buckets, temporary.open("wb") as out:
             for part in halves:
                 records = np.zeros(len(part), kind)
                 records["high"], records["low"] = part[:, 0], part[:, 1]

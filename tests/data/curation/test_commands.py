@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from clipkit.cli.app import main
+from clipkit.data import hard_captions
 from clipkit.data.curation import selection
 from tests.data.curation.test_rules import datacomp_threshold, published_matches
 from tests.data.makers import Members, encoded, png, write_tar
@@ -195,7 +197,7 @@ def test_uids_are_written_as_datacomp_reads_them(pool: Path, tmp_path: Path) -> 
     expected = np.array(sorted((int(uid[:16], 16), int(uid[16:], 16)) for uid in uids), np.dtype("u8,u8"))
     assert (found == expected).all()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "kept.dropped.jsonl", "kept.npy", "kept.summary.json",
+        "kept.npy", "kept.npy.dropped.jsonl", "kept.npy.summary.json",
     ]  # fmt: skip
     assert (
         run("filter", pool, "--keys-out", tmp_path / "x.npy", "--min-words", 3, "--uid-field", "json.id") == 3
@@ -301,7 +303,7 @@ def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path
     with (tmp_path / "k.csv").open(newline="") as stream:
         assert [int(row["key"]) for row in csv.DictReader(stream)] == [n for n in range(12) if n != 7]
     np.save(tmp_path / "v.npy", vectors[:5])
-    assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", *given) == 3
+    assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", "--overwrite", *given) == 3
 
 
 BY_FIELD = ["--clip-score", "json.score"]
@@ -395,3 +397,53 @@ def test_a_file_in_place_of_the_folder_is_an_error(pool: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("x")
     assert run("filter", pool, "--out", tmp_path / "file", "--basic") == 2
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_list_of_keys_replaces_no_file_unasked_and_no_input(pool: Path, tmp_path: Path) -> None:
+    words, kept, scores = ("--min-words", 3), tmp_path / "kept.npy", tmp_path / "scores.csv"
+    notes = tmp_path / "kept.npy.job"
+    notes.mkdir()
+    (notes / "notes").write_text("mine")
+    (tmp_path / "bucket-00000").write_text("mine")
+    kept.write_text("mine")
+    assert run("filter", pool, "--keys-out", kept, *words) == 2
+    assert kept.read_text() == "mine"
+    assert run("filter", pool, "--keys-out", kept, *words, "--overwrite") == 0
+    assert [path.name for path in notes.iterdir()] == ["notes"]
+    assert (tmp_path / "bucket-00000").read_text() == "mine"
+    assert run("filter", pool, "--scores-out", scores, "--clip-score", "json.score", "--min", 0, *words,
+               "--keys-out", tmp_path / "kept.csv") == 0  # fmt: skip
+    assert json.loads((tmp_path / "kept.npy.summary.json").read_text())["samples"]
+    before = scores.read_bytes()
+    assert run("filter", pool, "--clip-score", scores, "--min", 0, "--keys-out", scores, "--overwrite") == 2
+    assert scores.read_bytes() == before
+
+
+def test_linked_shards_are_never_replaced(pool: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for shard in pool.glob("*.tar"):
+        (links / shard.name).symlink_to(shard)
+    before = files(pool)
+    for source, out in ((links, pool), (links, links)):
+        assert run("filter", source, "--out", out, "--min-words", 3, "--overwrite") == 2
+    assert files(pool) == before
+
+
+def test_a_cut_output_is_written_again_and_a_full_disk_has_a_cure(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name, words in (("filter", ("--min-words", 3)), ("hard-captions", ())):
+        whole, out = tmp_path / f"{name}-whole", tmp_path / name
+        assert run(name, pool, "--out", whole, *words) == 0
+        module = selection if name == "filter" else hard_captions
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "finish_train_shards", full)
+            assert run(name, pool, "--out", out, *words) == 1
+        assert "it continues" in capsys.readouterr().err
+        (out / "00000.tar").write_bytes(b"")
+        assert run(name, pool, "--out", out, *words) == 0
+        assert files(out) == files(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.data.curation.duplicates import Deduplication, Evaluation, Likeness, run_dedup
 from clipkit.data.curation.groups import Buckets, Components, repeated, similar_pairs, similar_to
 from clipkit.data.curation.hashes import EXACT, exact_digest, perceptual_hash
+from clipkit.data.curation.selection import Target
 from clipkit.data.curation.similar import join_similar, similar_rows
+from clipkit.data.curation.survey import rows_of
+from clipkit.data.engine import Engine
 from clipkit.data.sample import Unusable, decode_image
-from tests.data.makers import encoded, png, raw
+from tests.data.makers import encoded, png, raw, write_tar
 
 
 def bits_between(left: int | None, right: int | None) -> int:
@@ -189,3 +194,25 @@ def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
         map(tuple, np.argwhere(unit @ unit[:7].T >= 0.95).tolist())
     )
     assert (cosines >= 0.95).all()
+
+
+def test_a_pair_that_matches_by_hash_and_by_embedding_is_one_pair(tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8))
+    members = [
+        ("a.png", encoded(image, "PNG")), ("a.txt", b"a"),
+        ("b.png", png(1, 16)), ("b.txt", b"b"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "0.tar", members)
+    hashes = np.array([perceptual_hash(image)], np.uint64)
+    evaluation = Evaluation(("e",), hashes, np.array([True]), np.array([[1, 0]], np.float32))
+    job = Deduplication(
+        Likeness((), phash=True, cosine=0.9), Target(tmp_path / "out", None), (),
+        embedded_by=("m",), evaluation_sets=("e",),
+    )  # fmt: skip
+    rows = {"samples": rows_of(["a", "b"]), "vectors": np.eye(2, dtype=np.float32)}
+    done = run_dedup(job, [str(tmp_path / "0.tar")], Engine(), lambda _: rows, lambda: evaluation)
+    assert done.matches == 1
+    (line,) = (tmp_path / "out" / "evaluation_matches.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "shard": "0.tar", "key": "a", "image": "e", "distance": 0, "cosine": pytest.approx(1),
+    }  # fmt: skip
