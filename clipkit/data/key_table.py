@@ -25,6 +25,7 @@ from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError, DataError
 
 KEY_COLUMNS = ("key", "uid")
+SHARD_COLUMN = "shard"
 _PARQUET = (".parquet", ".pq")
 _TEXT = (".csv", ".tsv", ".tab")
 _BATCH = 4096
@@ -40,12 +41,23 @@ def text_hash(text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def shard_key(shard: str, key: str) -> str:
+    """Returns what stands for a sample where keys of different shards repeat: the name of its shard, or the
+    path, which may be relative, and its key.
+    """
+    return f"{os.path.abspath(shard) if os.sep in shard else shard}\n{key}"
+
+
 class TableSpec(NamedTuple):
-    """What of a table is used: its key column (None: `key`, else `uid`) and columns (None: all others)."""
+    """What of a table is used: its key column (None: `key`, else `uid`) and columns (None: all others).
+
+    by_shard   a column `shard` beside `key` is part of the keys: see `shard_key`
+    """
 
     path: Path
     key: str | None = None
     columns: tuple[str, ...] | None = None
+    by_shard: bool = False
 
     def resolved(self) -> TableSpec:
         """Returns it with the columns named; DataError for what is not a table, ConfigError for a column
@@ -64,7 +76,9 @@ class TableSpec(NamedTuple):
                 raise ConfigError(
                     f"{self.path}: no column {name!r} (found: {', '.join(found) or 'nothing'})", _CURE
                 )
-        return TableSpec(self.path, key, columns)
+        return TableSpec(
+            self.path, key, columns, self.by_shard and key == KEY_COLUMNS[0] and SHARD_COLUMN in found
+        )
 
 
 class KeyTable:
@@ -107,6 +121,11 @@ class KeyTable:
             row[name] = (json.loads(value) if value else None) if numeric else value
         return row
 
+    @property
+    def by_shard(self) -> bool:
+        """Whether its keys are those of `shard_key`."""
+        return bool(self._facts["by_shard"])
+
     @cached_property
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(_part(self.stem, "json").read_bytes())
@@ -146,9 +165,11 @@ def build_key_table(
     numeric = [_suffix(spec.path) in _TEXT] * len(columns)
     with replacing(_part(stem, "rows")) as out:
         for key, *values in _rows(spec):
+            if spec.by_shard:
+                key = shard_key(value_text(values.pop(0)), key)
             # A number for as long as every filled cell is one: product codes such as 00123 stay text.
             for at, value in enumerate(values):
-                if numeric[at] and value and not _NUMBER.fullmatch(value):
+                if numeric[at] and value and not _is_number(value):
                     numeric[at] = False
             line = json.dumps([key, *values], ensure_ascii=True).encode() + b"\n"
             hashes.append(text_hash(key))
@@ -161,8 +182,13 @@ def build_key_table(
     if unique:
         _refuse_repeated(table, spec)
     with replacing(_part(stem, "json")) as out:
-        out.write(json.dumps({"columns": columns, "numeric": numeric}).encode())
+        out.write(json.dumps({"columns": columns, "numeric": numeric, "by_shard": spec.by_shard}).encode())
     return table
+
+
+def _is_number(text: str) -> bool:
+    """Whether a cell is a number that JSON can hold: 1e999 would become Infinity."""
+    return _NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
 
 
 def _save(stem: Path, hashes: array[int], begins: array[int], sizes: array[int]) -> None:
@@ -202,9 +228,9 @@ def _columns(path: Path) -> list[str]:
 
 
 def _rows(spec: TableSpec) -> Iterator[tuple[Any, ...]]:
-    """Yields (key, values of the columns) of every row."""
+    """Yields (key, with `by_shard` the shard, values of the columns) of every row."""
     assert spec.key is not None
-    names = (spec.key, *(spec.columns or ()))
+    names = (spec.key, *([SHARD_COLUMN] if spec.by_shard else []), *(spec.columns or ()))
     if _suffix(spec.path) in _TEXT:
         for row in stream_rows(spec.path, names, _CURE):
             yield tuple(row[name] for name in names)
@@ -262,5 +288,5 @@ def _jsonable(value: Any, path: Path) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
-        return float(value)
+        return _jsonable(float(value), path) if value.is_finite() else None
     raise ConfigError(f"{path}: a column holds {type(value).__name__}, which JSON cannot", _CURE)

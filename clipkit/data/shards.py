@@ -30,6 +30,7 @@ Progress = Callable[[int], None]
 _MTIME = 946_684_800  # 2000-01-01: any fixed time; 0 makes some unpacking tools warn
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp")
+_OWN_KEYS = "give every sample its own key"
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 _SIGNATURES = {
     b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp",
@@ -108,10 +109,13 @@ def write_shard(path: Path, samples: Iterable[Sample], progress: Progress | None
 
 
 def write_copied_shard(
-    path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], progress: Progress | None = None
+    path: Path,
+    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    progress: Progress | None = None,
+    cure: str = _OWN_KEYS,
 ) -> ShardRecord:
-    """Writes one training shard of (key, members by extension) as they are, and returns its record."""
-    return write_members(path, ({"__key__": key, **members} for key, members in samples), progress)
+    """Writes one training shard of (key, members by extension), as `write_members`; returns its record."""
+    return write_members(path, ({"__key__": key, **members} for key, members in samples), progress, cure)
 
 
 def write_train_shards(
@@ -268,11 +272,14 @@ def _tar_writer() -> Any:
 
 
 def write_members(
-    path: Path, members: Iterable[dict[str, Any]], progress: Progress | None = None
+    path: Path,
+    members: Iterable[dict[str, Any]],
+    progress: Progress | None = None,
+    cure: str = _OWN_KEYS,
 ) -> ShardRecord:
     """Writes one tar of samples, given as their members by extension with the key as __key__.
 
-    Returns its record. DataError for a key that occurs twice.
+    Returns its record. DataError, with `cure`, for a key that occurs twice.
     """
     temporary = _beside(path)
     writer_class = _tar_writer()
@@ -291,9 +298,7 @@ def write_members(
             ) as writer:
                 for sample in members:
                     if sample["__key__"] in seen:
-                        raise DataError(
-                            f"{path}: key '{sample['__key__']}' occurs twice", "give every sample its own key"
-                        )
+                        raise DataError(f"{path}: key '{sample['__key__']}' occurs twice", cure)
                     seen.add(sample["__key__"])
                     writer.write(sample)
                     samples += 1

@@ -31,7 +31,7 @@ class Reshard:
     samples_per_shard  of the output, at most
     shard_bytes        of a shard, at most (as the samples take in the input), None: no limit
     seed               of the shuffle over all samples; None: the order of the input
-    subset             a DataComp .npy of uids, or a table of keys
+    subset             a DataComp .npy of uids, or a table of keys, with a column `shard` of those shards
     where              a condition over the fields (data.query)
     fields             a table whose columns go into KEY.json
     key                the key column of both tables; None: `key`, else `uid`
@@ -85,7 +85,9 @@ class Reshard:
 
     @property
     def subset_table(self) -> TableSpec | None:
-        return None if self.subset is None or self.uids else TableSpec(self.subset, self.key, ())
+        if self.subset is None or self.uids:
+            return None
+        return TableSpec(self.subset, self.key, (), by_shard=self.match is None)
 
     @property
     def fields_table(self) -> TableSpec | None:
@@ -128,7 +130,9 @@ class Reshard:
     def _check_folders(self) -> None:
         taken = {os.path.realpath(folder) for folder in self.folders}
         for shard in self.shards:
-            if os.path.realpath(os.path.dirname(shard)) in taken:
+            # A link counts where it lies and where it leads.
+            folders = {os.path.realpath(os.path.dirname(shard)), os.path.dirname(os.path.realpath(shard))}
+            if folders & taken:
                 raise ConfigError(
                     f"--out {self.out} is where {shard} lies, which would be replaced",
                     "choose another folder",
@@ -141,7 +145,7 @@ class Reshard:
         facts = fingerprints(files, DEFAULT_STORAGE)
         options = {name: value for name, value in vars(self).items() if name in _OPTIONS}
         return {
-            "job": "reshard 1",
+            "job": "reshard 2",
             "files": [[os.path.abspath(name), *fact] for name, fact in zip(files, facts, strict=True)],
             **options,
         }

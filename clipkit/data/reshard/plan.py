@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.data.key_table import KeyTable
 from clipkit.data.order import hash_key, permuted
 from clipkit.data.reshard.job import SIDES, Reshard, read_job
-from clipkit.data.reshard.select import ROW, Rows, choices_path
+from clipkit.data.reshard.select import ROW, Rows, choices_path, subset_stem
 from clipkit.data.tar_index import replacing
 from clipkit.types import DataError
 
@@ -114,13 +115,22 @@ def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> P
             raise DataError(_nothing_left(total, name if job.split else ""), _CURE)
     repeated = 0
     with replacing(_repeated_path(folder)) as out:
-        for hashes in [] if job.rekey else _repeated_hashes(folder, lengths):
+        by_key = _chosen_by_key(job, folder)
+        for hashes in [] if job.rekey and not by_key else _repeated_hashes(folder, lengths):
             out.write(hashes.astype("<u8").tobytes())
             repeated += len(hashes)
-    total["keys used more than once"] = repeated
+    total["keys used more than once"] = 0 if job.rekey else repeated
+    if by_key:
+        total["keys of the subset that several samples have"] = repeated
     plan = Plan(folder, job, tuple((0, length) for length in lengths), dict(total))
     cuts = tuple(tuple(_cuts(plan, side, length)) for side, length in enumerate(lengths))
     return Plan(folder, job, cuts, dict(total))
+
+
+def _chosen_by_key(job: Reshard, folder: Path) -> bool:
+    """Whether samples were chosen by their keys alone, which then should be different."""
+    chosen = job.subset_table is not None and job.match is None
+    return chosen and not KeyTable(subset_stem(folder)).by_shard
 
 
 def remove_choices(folder: Path, inputs: int) -> None:

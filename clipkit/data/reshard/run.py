@@ -73,11 +73,12 @@ class Resharding:
 
         ConfigError when they hold shards of another job.
         """
-        if self._work.begun:
-            if self._is_done():
-                self._clear()
-                return False
-        elif not overwrite:
+        if self._is_done():
+            self._clear()
+            return False
+        done = self._work.get(_DONE)
+        # Others may have put shards where a finished job lost some of its own.
+        if not overwrite and (self._holds_others(done) if done else not self._work.begun):
             for folder in self.job.folders:
                 refuse_shards(folder)
         for folder in self.job.folders:
@@ -85,6 +86,8 @@ class Resharding:
         if self.dry_run:
             return True
         try:
+            if done:
+                self._work.place(f"{_DONE}.json").unlink(missing_ok=True)
             for folder in self.job.folders:
                 begin_shards(folder, *SUMMARIES)
         except OSError as error:
@@ -172,6 +175,13 @@ class Resharding:
         done = self._work.get(_DONE)
         return done is not None and all(
             (folder / "manifest.json").is_file() and all(_is_there(folder, record) for record in records)
+            for folder, records in zip(self.job.folders, done["shards"], strict=True)
+        )
+
+    def _holds_others(self, done: dict[str, Any]) -> bool:
+        """Whether a folder holds a tar that is not, by name and size, what the finished job wrote."""
+        return any(
+            set(folder.glob("*.tar")) - {folder / each["name"] for each in records if _is_there(folder, each)}
             for folder, records in zip(self.job.folders, done["shards"], strict=True)
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.key_table import KeyTable, text_hash
+from clipkit.data.key_table import KeyTable, shard_key, text_hash
 from clipkit.data.query import UNKNOWN, Fields, value_text
 from clipkit.data.query import Path as FieldPath
 from clipkit.data.reshard.job import UID, Reshard, read_job
@@ -68,12 +68,14 @@ class _Chooser:
     def __init__(self, job: Reshard, folder: Path) -> None:
         self.job = job
         self.query = job.query
+        self._names = Counter(map(os.path.basename, job.shards))
         self.uids = UidSubset(job.subset) if job.uids and job.subset is not None else None
         self.subset = KeyTable(subset_stem(folder)) if job.subset_table is not None else None
         self.fields = KeyTable(fields_stem(folder)) if job.fields is not None else None
 
     def walk(self, number: int, descriptor: int) -> tuple[Rows, Counter[str]]:
         status = os.fstat(descriptor)
+        labels = self._labels(number)
         walk = ShardWalk(
             self.job.shards[number],
             lambda offset, size: os.pread(descriptor, size, offset),
@@ -84,7 +86,7 @@ class _Chooser:
         found, uids = [], []
         for span in walk.samples():
             counts["samples read"] += 1
-            kept = self._kept(span, descriptor, counts)
+            kept = self._kept(span, descriptor, labels, counts)
             if kept is not None:
                 side, uid = kept
                 found.append((side, number, 0, span.start, span.end - span.start, text_hash(span.key)))
@@ -97,7 +99,15 @@ class _Chooser:
         counts["kept"] += len(rows)
         return rows, counts
 
-    def _kept(self, span: SampleSpan, descriptor: int, counts: Counter[str]) -> tuple[int, str | None] | None:
+    def _labels(self, number: int) -> tuple[str, ...]:
+        """What a list may call a shard: its path, and its file name where no other shard has it."""
+        shard = self.job.shards[number]
+        name = os.path.basename(shard)
+        return (name, shard) if self._names[name] == 1 else (shard,)
+
+    def _kept(
+        self, span: SampleSpan, descriptor: int, labels: tuple[str, ...], counts: Counter[str]
+    ) -> tuple[int, str | None] | None:
         """The side of a sample and its uid; None for one that is left out."""
 
         def member(extension: str) -> bytes | None:
@@ -107,7 +117,7 @@ class _Chooser:
         look = Fields(span.key, member)
         if self.subset is not None:
             name = _name(look, self.job.match_path)
-            if name is None or name not in self.subset:
+            if name is None or not _listed(self.subset, name, labels):
                 counts["outside the subset"] += 1
                 return None
         if self.fields is not None:
@@ -140,6 +150,12 @@ class _Chooser:
             return _name(look, self.job.match_path)
         uid = _name(look, UID)
         return _name(look, ("key",)) if uid is None else uid
+
+
+def _listed(subset: KeyTable, name: str, labels: tuple[str, ...]) -> bool:
+    if subset.by_shard:
+        return any(shard_key(label, name) in subset for label in labels)
+    return name in subset
 
 
 def _name(look: Fields, path: FieldPath) -> str | None:

@@ -40,9 +40,10 @@ def write_output(folder: Path, number: int) -> dict[str, Any]:
     part = plan.parts[number]
     rows = plan.rows(part.side, part.begin, part.end)
     repeated = plan.repeated(rows["hash"])
-    writing = _Writing(job, _fields(folder) if job.fields is not None else None)
+    writing = _Writing(job, _inputs(folder), _fields(folder) if job.fields is not None else None)
     path = job.folders[part.side] / shard_name(part.number)
-    record = write_copied_shard(path, writing.samples(rows, repeated.tolist(), part.begin))
+    samples = writing.samples(rows, repeated.tolist(), part.begin)
+    record = write_copied_shard(path, samples, cure="give every sample a new key with --rekey")
     known = path.parent / RECORDS
     known.mkdir(exist_ok=True)
     absolute = os.path.abspath(path)
@@ -56,13 +57,15 @@ def _fields(folder: Path) -> KeyTable:
 
 
 @lru_cache(1)
-def _inputs(shards: tuple[str, ...]) -> LocalShards:
-    return LocalShards(shards)
+def _inputs(folder: Path) -> LocalShards:
+    # By the folder, which is named after the stamps of the inputs: never files open from an earlier job.
+    return LocalShards(read_plan(folder).job.shards)
 
 
 @dataclass
 class _Writing:
     job: Reshard
+    inputs: LocalShards
     fields: KeyTable | None
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -85,7 +88,7 @@ class _Writing:
 
     def _read(self, rows: Rows) -> Iterator[RawSample]:
         """The samples of `rows` in order; each window is read in the order of the inputs."""
-        inputs = _inputs(self.job.shards)
+        inputs = self.inputs
         windows = list(_windows(rows))
         for at, (begin, end) in enumerate(windows):
             if at == 0:

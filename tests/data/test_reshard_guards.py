@@ -1,0 +1,79 @@
+"""What a reshard must not do: touch the work of others, mix up samples or states, write what is no JSON."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from clipkit.data.key_table import TableSpec, _jsonable, build_key_table
+from clipkit.types import ConfigError, DataError
+from tests.data.makers import write_tar
+from tests.data.test_reshard import numbers, read, run, sample, write_inputs
+
+
+def test_shards_put_where_a_finished_job_was_are_not_replaced(tmp_path: Path) -> None:
+    inputs, out = write_inputs(tmp_path / "in", [3]), tmp_path / "out"
+    run(out, inputs)
+    for number in range(3):
+        (out / f"{number:05d}.tar").write_bytes(b"of someone else")
+    with pytest.raises(ConfigError, match="already holds shards"):
+        run(out, inputs)
+    assert {path.read_bytes() for path in out.glob("*.tar")} == {b"of someone else"}
+    run(out, inputs, overwrite=True)
+    assert sorted(read(out)) == sorted(read(inputs))
+
+
+def test_a_second_job_of_a_process_reads_the_inputs_as_they_are_then(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "in", [3])
+    run(tmp_path / "first", inputs)
+    (inputs / "00000.tar").rename(tmp_path / "before.tar")
+    write_tar(inputs / "00000.tar", [sample(90 + n, f"{n:09d}") for n in range(3)])
+    run(tmp_path / "second", inputs)
+    assert sorted(read(tmp_path / "second")) == sorted(read(inputs))
+
+
+def test_a_link_to_a_shard_in_the_output_folder_is_refused(tmp_path: Path) -> None:
+    out, links = write_inputs(tmp_path / "out", [3]), tmp_path / "links"
+    links.mkdir()
+    (links / "a.tar").symlink_to(out / "00000.tar")
+    with pytest.raises(ConfigError, match="would be replaced"):
+        run(out, links, overwrite=True)
+
+
+def test_a_key_that_a_renamed_one_meets_names_the_cure(tmp_path: Path) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for name, keys in (("0.tar", ("a", "00001-a")), ("1.tar", ("a", "c"))):
+        write_tar(inputs / name, [sample(n, key) for n, key in enumerate(keys)])
+    with pytest.raises(DataError, match="occurs twice") as caught:
+        run(tmp_path / "out", inputs)
+    assert "--rekey" in caught.value.cure
+    run(tmp_path / "out", inputs, rekey=True)
+    assert len(read(tmp_path / "out")) == 4
+
+
+def test_numbers_that_json_cannot_hold_do_not_get_into_it(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("key,v,w\na,1e999,1e99\nb,2,2\n", encoding="utf-8")
+    table = build_key_table(TableSpec(tmp_path / "t.csv"), tmp_path / "stem", True)
+    assert table.find("a") == {"v": "1e999", "w": 1e99}
+    assert [_jsonable(Decimal(each), Path()) for each in ("1.5", "NaN", "1e999")] == [1.5, None, None]
+
+
+def test_a_list_of_shards_and_keys_means_the_samples_of_those_shards(tmp_path: Path) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for shard in range(2):
+        write_tar(inputs / f"{shard:05d}.tar", [sample(10 * shard + n, f"{n}") for n in range(3)])
+    (tmp_path / "names.csv").write_text("shard,key\n00000.tar,0\n00001.tar,1\n", encoding="utf-8")
+    run(tmp_path / "names", inputs, subset=tmp_path / "names.csv")
+    assert sorted(numbers(tmp_path / "names")) == [0, 11]
+    # As lists say it when two shards have one name.
+    (tmp_path / "paths.csv").write_text(f"shard,key\n{inputs}/00001.tar,2\n", encoding="utf-8")
+    run(tmp_path / "paths", inputs, subset=tmp_path / "paths.csv")
+    assert numbers(tmp_path / "paths") == [12]
+    (tmp_path / "keys.csv").write_text("key\n0\n", encoding="utf-8")
+    _, counts = run(tmp_path / "keys", inputs, subset=tmp_path / "keys.csv", rekey=True)
+    assert sorted(numbers(tmp_path / "keys")) == [0, 10]
+    assert counts["keys of the subset that several samples have"] == 1
