@@ -282,6 +282,20 @@ class Outcome:
     whole: bool
 
 
+def _refuse_unread(options: HardCaptions, found: Sequence[Written]) -> None:
+    """Raises DataError when no sample had a caption: the field is a mistake."""
+    samples = sum(written.record.samples for written in found)
+    without = sum(sum(written.reasons.values()) for written in found)
+    if samples and without == samples:
+        reasons = Counter[str]()
+        for written in found:
+            reasons.update(written.reasons)
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise DataError(
+            f"no caption could be read from {options.caption} ({why})", "name the field with --caption"
+        )
+
+
 def write_hard_captions(
     specs: Sequence[str],
     out: Path,
@@ -332,6 +346,8 @@ def write_hard_captions(
             if entry is not None
         ]
         whole = len(numbers) == len(shards)
+        if whole:
+            _refuse_unread(options, found)
         if whole and not dry_run:
             finish_train_shards(out, [written.record for written in found])
             work.clear()
