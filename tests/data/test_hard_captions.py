@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.data.hard_captions import HardCaptions, add_hard_captions, hard_captions
+from clipkit.data.engine import Engine
+from clipkit.data.hard_captions import HardCaptions, add_hard_captions, hard_captions, write_hard_captions
 from clipkit.types import DataError
 from tests.data.makers import Members, png, write_tar
 
@@ -127,6 +128,16 @@ def test_what_cannot_be_read_is_copied_and_counted(tmp_path: Path) -> None:
     written = add_hard_captions(tmp_path / "out.tar", str(source), HardCaptions())
     assert written.reasons == {"bad JSON": 1, "caption is not UTF-8": 1, "JSON is no object": 1}
     assert read(tmp_path / "out.tar") == read(source)
+
+
+def test_a_field_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_tar(source / "0.tar", [sample(0, "a red cat"), sample(1, "a blue dog")])
+    options = HardCaptions(caption="json.nope")
+    with pytest.raises(DataError, match=r"no caption could be read from json\.nope"):
+        write_hard_captions([str(source)], tmp_path / "out", options, Engine(), range)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_the_objective_reads_the_field_that_is_written() -> None:

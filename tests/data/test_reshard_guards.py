@@ -77,3 +77,9 @@ def test_a_list_of_shards_and_keys_means_the_samples_of_those_shards(tmp_path: P
     _, counts = run(tmp_path / "keys", inputs, subset=tmp_path / "keys.csv", rekey=True)
     assert sorted(numbers(tmp_path / "keys")) == [0, 10]
     assert counts["keys of the subset that several samples have"] == 1
+
+
+def test_a_group_that_no_sample_has_is_no_split(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "in", [9])
+    with pytest.raises(DataError, match=r"none of 9 samples has json\.nope"):
+        run(tmp_path / "out", inputs, split=(0.5, 0.5), group="json.nope")

@@ -57,7 +57,7 @@ def check_shards(
     end: EndOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Find everything that training would stop at, reject or lose; exit 3 if there is anything.
+    """Find everything that training would stop at, reject or lose; exit 3 for errors.
 
     Errors are what training refuses or rejects, notes what is only worth knowing. With --out an interrupted
     check continues, and machines that share a set by --start and --end leave records there, which the same

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,6 +41,7 @@ from clipkit.data.curation.tables import shard_labels, written_lines
 from clipkit.data.engine import Engine
 from clipkit.data.shards import ShardRecord
 from clipkit.data.source import plain_shards
+from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError
 
 MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
@@ -279,12 +279,8 @@ class DuplicateVerdicts:
 
     def copy_matches(self, path: Path) -> None:
         """Writes the list of pairs of a sample and an evaluation image."""
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            shutil.copyfile(self._evaluation_file, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with self._evaluation_file.open("rb") as found, replacing(path) as out:
+            shutil.copyfileobj(found, out)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> P
             f"{job.fields}: no key of it is that of a sample ({total['without a row in the table']:,} tried)",
             "name its key column with --key, and the field of the samples it means with --match",
         )
+    if job.group is not None and 0 < total["kept"] == total["without a group"]:
+        raise DataError(
+            f"none of {total['kept']:,} samples has {job.group}",
+            "name the field with --group, as json.NAME; leave it out to split sample by sample",
+        )
     lengths = _gather(job, folder, len(counts))
     for name, length in zip(SIDES, lengths, strict=False):
         if not length:

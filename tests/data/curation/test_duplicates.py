@@ -199,8 +199,8 @@ def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
 def test_a_pair_that_matches_by_hash_and_by_embedding_is_one_pair(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8))
     members = [
-        ("a.png", encoded(image, "PNG")), ("a.txt", b"a"),
-        ("b.png", png(1, 16)), ("b.txt", b"b"),
+        [("a.png", encoded(image, "PNG")), ("a.txt", b"a")],
+        [("b.png", png(1, 16)), ("b.txt", b"b")],
     ]  # fmt: skip
     write_tar(tmp_path / "0.tar", members)
     hashes = np.array([perceptual_hash(image)], np.uint64)
