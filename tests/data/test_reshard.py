@@ -348,8 +348,11 @@ def test_a_split_keeps_groups_together_wherever_they_lie(tmp_path: Path) -> None
 
 
 def test_samples_without_a_group_are_counted(tmp_path: Path, inputs: Path) -> None:
-    _, counts = run(tmp_path / "out", inputs, split=(0.5, 0.5), group="json.shop")
-    assert counts["without a group"] == 50
+    bare = [[(name, data) for name, data in sample(n) if not name.endswith(".json")] for n in range(60, 64)]
+    (tmp_path / "bare").mkdir()
+    write_tar(tmp_path / "bare" / "0.tar", bare)
+    _, counts = run(tmp_path / "out", inputs, tmp_path / "bare", split=(0.5, 0.5), group="json.product_id")
+    assert counts["without a group"] == 4
     with pytest.raises(DataError, match="holds no sample"):
         run(tmp_path / "other", inputs, where="key == '000000001'", split=(0.5, 0.5))
 

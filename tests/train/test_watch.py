@@ -82,7 +82,9 @@ def test_duplicates_are_seen_across_ranks_and_point_to_unicl(
     Ranks(2, train, config).values()
     assert events(tmp_path / "run", "diagnostics")[0]["values"]["duplicate_captions"] == 1.0
     alarms = events(tmp_path / "run", "alarm")
-    assert [alarm["alarm"] for alarm in alarms] == ["duplicates"] * alarmed
+    # Pictures of one colour are near duplicates too; how often they are looked for depends on the speed.
+    kinds = [alarm["alarm"] for alarm in alarms if alarm["alarm"] != "near duplicates"]
+    assert kinds == ["duplicates"] * alarmed
     assert all(alarm["term"] == objective["name"] for alarm in alarms)
 
 
