@@ -164,7 +164,7 @@ def test_bad_lists(tmp_path: Path, content: bytes, kind: type[ClipkitError], wor
         stream(tmp_path / "list.txt", 2)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything: run pytest as another user")
 def test_a_list_that_may_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.tar\n")
     (tmp_path / "list.txt").chmod(0)
