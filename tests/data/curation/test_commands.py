@@ -386,7 +386,9 @@ def test_ray_gives_the_same_bytes(pool: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser: run pytest as another user")
+@pytest.mark.skipif(
+    os.geteuid() == 0, reason="permissions do not bind the superuser: run pytest as another user"
+)
 def test_a_folder_that_refuses_is_an_error(pool: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(0o500)
