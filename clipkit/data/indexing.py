@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
+from clipkit.data.engine import Engine
 from clipkit.data.fingerprints import Fingerprint, fingerprints
 from clipkit.data.options import DEFAULT_STORAGE, Storage
 from clipkit.data.scan import REMOTE_BLOCK, ShardScan, scan_shard
@@ -189,12 +189,10 @@ class Indexing:
         folder = self.records()
         pending = self.pending(numbers)
         left = set(pending)
-        workers = min(workers, len(pending) // 4)
-        pool = ProcessPoolExecutor(workers) if workers > 1 else None
         scan = partial(_scan_and_record, folder=folder, storage=self.storage)
+        engine = Engine(max(1, min(workers, len(pending) // 4)))
+        walked = engine.map(scan, ((self.shards[number],) for number in pending))
         try:
-            shards = [self.shards[number] for number in pending]
-            walked = pool.map(scan, shards) if pool else map(scan, shards)
             for done, number in enumerate(numbers, 1):
                 found = None
                 if number not in left and folder is not None:
@@ -206,9 +204,6 @@ class Indexing:
             raise DataError(
                 f"{error.filename or 'a shard'}: {error.strerror or error}", "check the storage and try again"
             ) from None
-        finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
 
     def finish(self, workers: int = 1, on_shard: OnShard | None = None) -> Index:
         """Returns the index of the whole set, saved if a folder takes it."""

@@ -34,9 +34,8 @@ from clipkit.types import ConfigError
 MIXTURE_VERSION = 1
 SAMPLES = "samples"  # samples/SOURCE counts those of a source
 MAX_PARTS = 1_000_000
-MIN_LANE = (
-    16  # samples of a lane where a source has enough of them: the last ones of a lane wait for an epoch
-)
+# Samples of a lane where a source has enough of them: the last ones of a lane wait for an epoch.
+MIN_LANE = 16
 _GOLDEN_SHARE = (math.sqrt(5) - 1) / 2
 
 

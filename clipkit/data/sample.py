@@ -111,34 +111,29 @@ def opened_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Im
 
     Size and aspect ratio are checked from the header before decoding: Pillow only warns at 12000 x 12000.
     """
-    if not data:
-        raise Unusable("empty image", "0 bytes")
-    # Pillow's own limit would warn or raise at open, before ours is compared.
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    with _header(data) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise Unusable("too many pixels", f"{width} x {height} is more than {max_pixels}")
         if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
             raise Unusable("extreme aspect ratio", f"{width} x {height}")
         yield image
-    except UnidentifiedImageError:
-        raise Unusable("bad image", f"none of the formats {', '.join(_FORMATS)}") from None
-    except DECODE_ERRORS as error:
-        raise Unusable("bad image", f"{type(error).__name__}: {error}".replace("\n", " ")[:200]) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """Returns (width, height) in pixels as the header of an image says. Raises Unusable with the reason."""
+    with _header(data) as image:
+        return image.size
+
+
+@contextmanager
+def _header(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise Unusable("empty image", "0 bytes")
+    # Pillow's own limit would warn or raise at open, before ours is compared.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return image.size
+        yield Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
         raise Unusable("bad image", f"none of the formats {', '.join(_FORMATS)}") from None
     except DECODE_ERRORS as error:

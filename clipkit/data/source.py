@@ -63,7 +63,7 @@ def check_scheme(spec: str, allow_pipe: bool) -> None:
     scheme = scheme_of(spec)
     if scheme == "http" and _host(spec) not in LOCAL_HOSTS:
         raise ConfigError(
-            f"data.train is read over http: {spec!r}; anyone on the way could read and change it",
+            f"{spec!r} is read over http; anyone on the way could read and change it",
             "write https:, or forward the port to localhost",
         )
     if scheme in REMOTE_SCHEMES:
@@ -73,12 +73,12 @@ def check_scheme(spec: str, allow_pipe: bool) -> None:
         return
     if scheme == "pipe":
         raise ConfigError(
-            f"data.train runs a shell command: {spec!r}", "set data.allow_pipe=true if you wrote this command"
+            f"{spec!r} runs a shell command", "set data.allow_pipe=true if you wrote this command"
         )
     if scheme == "file":
-        raise ConfigError(f"data.train uses a file: address: {spec!r}", "write the plain path instead")
+        raise ConfigError(f"{spec!r} is a file: address", "write the plain path instead")
     raise ConfigError(
-        f"data.train has the scheme {scheme!r} in {spec!r}; read are paths, {', '.join(REMOTE_SCHEMES)}",
+        f"the scheme {scheme!r} of {spec!r} is not read; read are paths, {', '.join(REMOTE_SCHEMES)}",
         "copy or mount the shards and give their path",
     )
 
@@ -94,7 +94,7 @@ def _check_remote(spec: str) -> None:
     path = spec.partition("?")[0]
     if "*" in path or path.endswith("/"):
         raise ConfigError(
-            f"data.train has a pattern or folder in {spec!r}; remote storage is not listed",
+            f"{spec!r} is a pattern or a folder; remote storage is not listed",
             "name every shard with a range: prefix/{00000..00099}.tar",
         )
 
@@ -112,10 +112,10 @@ def expand_shards(spec: str | Sequence[str], *, allow_pipe: bool = False) -> lis
     for entry in specs:
         shards += _read_list(entry, allow_pipe) if _is_list(entry) else _expand_one(entry, allow_pipe)
     if not shards:
-        raise DataError("data.train names no shard", "give a path, a folder, a glob or a list of shards")
+        raise DataError("no shard is named", "give a path, a folder, a glob or a list of shards")
     repeated = sorted(shard for shard, times in Counter(shards).items() if times > 1)
     if repeated:
-        raise DataError(f"data.train names a shard twice: {repeated[0]}", "name every shard once")
+        raise DataError(f"a shard is named twice: {repeated[0]}", "name every shard once")
     return shards
 
 
@@ -178,7 +178,7 @@ def _expand_one(spec: str, allow_pipe: bool) -> list[str]:
             continue
         matches = sorted(glob.glob(name), key=_natural)
         if not matches:
-            raise DataError(f"no shard matches {name!r}", "correct the pattern in data.train")
+            raise DataError(f"no shard matches {name!r}", "correct the pattern")
         shards += matches
     if _is_range(spec):
         _refuse_holes(spec, shards)
@@ -240,9 +240,7 @@ def _choices(body: str, spec: str) -> Iterator[str]:
     if span:
         first, last = span.groups()
         if abs(int(last) - int(first)) > _MAX_SHARDS:
-            raise ConfigError(
-                f"the range {{{body}}} in {spec!r} is too long", "correct the range in data.train"
-            )
+            raise ConfigError(f"the range {{{body}}} in {spec!r} is too long", "correct the range")
         width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
         step = 1 if int(last) >= int(first) else -1
         for number in range(int(first), int(last) + step, step):
@@ -252,7 +250,7 @@ def _choices(body: str, spec: str) -> Iterator[str]:
     else:
         raise ConfigError(
             f"the braces {{{body}}} in {spec!r} are neither a range nor a list",
-            "write {00000..00099} or {train,more} in data.train",
+            "write {00000..00099} or {train,more}",
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clipkit.config.schema import DataConfig
 from clipkit.proposal.machine import Machine, Speed
 from clipkit.proposal.model import Chosen
 from clipkit.proposal.survey import DataFacts
@@ -52,7 +51,7 @@ def power_of_two(number: float) -> int:
 
 def held_out(pairs: int) -> int:
     """Returns how many pairs to keep for evaluation: 5 % up to 1,000, of a million pairs and more 5,000."""
-    if "holdout" not in DataConfig.model_fields or pairs < 1000:
+    if pairs < 1000:
         return 0
     return 5000 if pairs >= 1_000_000 else min(1000, pairs // 20)
 

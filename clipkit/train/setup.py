@@ -350,9 +350,8 @@ def prepare(
     ema = None if decay is None else WeightEMA(towers, decay)
     learner = Learner(towers, objectives, ema, Teachers(teachers) if teachers else None)
     learner.train()
-    _place(
-        learner, config.run.sharding, world, accelerator.device
-    )  # before the trial: nccl refuses CPU tensors
+    # Before the trial: nccl refuses tensors of the CPU.
+    _place(learner, config.run.sharding, world, accelerator.device)
     trial = fake_batch(learner, views, stream.stored_widths).to(accelerator.device)
     unused = freeze_unused(learner, trial)
     notes = [*_parts_say(towers, teachers, stored or {}, objectives)]

@@ -154,7 +154,7 @@ def test_a_list_is_trained_on(tmp_path: Path) -> None:
         (b"\n/no/such/*.tar\n", DataError, "list.txt:2: no shard matches"),
         (b"pipe:cat a.tar\n", ConfigError, "list.txt:1: .*shell command"),
         (b"ftp://host/a.tar\n", ConfigError, "list.txt:1: .*scheme 'ftp'"),
-        (b"a.tar\na.tar\n", DataError, "names a shard twice"),
+        (b"a.tar\na.tar\n", DataError, "named twice"),
         (b"gone.tar\n", DataError, "cannot be read: .*gone.tar"),
     ],
 )

@@ -328,7 +328,7 @@ def test_f13_unreadable_shards_are_listed(tmp_path: Path) -> None:
     ("spec", "kind", "words"),
     [
         ("nothing-*.tar", DataError, "no shard matches"),
-        ([], DataError, "names no shard"),
+        ([], DataError, "no shard is named"),
         (["a.tar", "a.tar"], DataError, "twice"),
         ("a{0..x}.tar", ConfigError, "neither a range nor a list"),
         ("pipe:cat a.tar", ConfigError, "shell command"),
