@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from clipkit.cli.app import main
 from clipkit.data.engine import Engine
 from clipkit.types import ClipkitError, DataError
+from tests.data.makers import good, write_tar
+from tests.data.making.makers import table
 from tests.data.test_engine import die, refuse, square
 from tests.data.test_reshard import command, visible_bytes, write_inputs
 
@@ -54,6 +57,37 @@ def test_a_reshard_gives_the_bytes_of_processes(ray: Any, tmp_path: Path) -> Non
     assert visible_bytes(tmp_path / "a") == visible_bytes(tmp_path / "b")
     (inputs / "00001.tar").write_bytes(b"no tar" * 100)
     assert command(inputs, "--out", tmp_path / "c", "--workers", 2, "--engine", "ray") == 3
+
+
+JOBS: dict[str, tuple[str, ...]] = {
+    "make-shards": ("--samples-per-shard", "6"),
+    "check-shards": (),
+    "stats": (),
+    "filter": ("--min-words", "2"),
+    "dedup": ("--by", "image", "--by", "phash"),
+    "hard-captions": (),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_gives_the_bytes_of_processes(ray: Any, tmp_path: Path, job: str) -> None:
+    if job == "make-shards":
+        source = table(tmp_path)
+    else:
+        source = tmp_path / "in"
+        source.mkdir()
+        for shard in range(4):
+            write_tar(source / f"{shard}.tar", [good(number) for number in range(7 * shard, 7 * shard + 7)])
+    found = []
+    for engine in ("processes", "ray"):
+        folder = tmp_path / engine
+        folder.mkdir()
+        out = folder / ("report.jsonl" if job == "check-shards" else "out")
+        options = ["--out", str(out), *JOBS[job], "--workers", "2", "--engine", engine]
+        assert main(["data", job, str(source), *options]) == 0
+        found.append(visible_bytes(folder))
+    assert found[0] == found[1]
+    assert found[0]
 
 
 PARENT = """
