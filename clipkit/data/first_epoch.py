@@ -28,8 +28,9 @@ from clipkit.data.remote import ShardFiles
 from clipkit.data.rows import Passed, Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample
 from clipkit.data.scan import REMOTE_BLOCK, Blocks, SampleSpan, ShardWalk
-from clipkit.data.source import changed, is_remote
+from clipkit.data.source import changed
 from clipkit.data.tar_index import Index
+from clipkit.data.walked import taken
 from clipkit.data.window import Found, Loaded, WindowRows
 
 # Lanes start at different phases of their first window, so as not to read all at the same step.
@@ -234,8 +235,7 @@ class _Shard:
         self._known = known
         self._records = reader.records
         self._path = path = reader.files.shards[number]
-        remote = is_remote(path)
-        facts = reader.files.facts(number) if remote else fingerprints([path], reader.storage)[0]
+        (facts,) = fingerprints([path], reader.storage)
         self.blocks = Blocks(
             lambda begin, end: reader.files.read(number, begin, end, facts), facts[0], reader.block
         )
@@ -263,8 +263,4 @@ class _Shard:
 
     def take(self, span: SampleSpan) -> RawSample:
         """Returns the sample itself."""
-        members = {
-            extension: (member.data - span.start, member.data - span.start + member.size)
-            for extension, member in span.members.items()
-        }
-        return RawSample(span.key, members, self.blocks.read(span.start, span.end - span.start))
+        return taken(span, self.blocks)

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipkit.data.curation.selection import Target, working
-from clipkit.data.curation.survey import OnPart, read_samples
+from clipkit.data.curation.survey import OnPart
 from clipkit.data.engine import Engine
 from clipkit.data.finished import is_whole
 from clipkit.data.sample import MAX_JSON_BYTES, RawSample, Unusable, caption
 from clipkit.data.shard_folder import begin_shards
 from clipkit.data.shards import ShardRecord, finish_train_shards, shard_name, write_copied_shard
 from clipkit.data.source import plain_shards
+from clipkit.data.walked import walked_samples
 from clipkit.data.word_classes import QUALITIES, THINGS
 from clipkit.types import ConfigError, DataError
 
@@ -236,7 +237,7 @@ def add_hard_captions(path: Path, shard: str, options: HardCaptions) -> Written:
     reasons: Counter[str] = Counter()
 
     def members() -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        for sample in read_samples(shard):
+        for sample in walked_samples(shard):
             stored = {extension: sample.chunk[a:b] for extension, (a, b) in sample.members.items()}
             hard: list[str] = []
             try:

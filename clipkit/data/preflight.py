@@ -15,13 +15,11 @@ from itertools import islice
 from typing import Any
 
 from clipkit.data.captions import DRAWN, label_source
-from clipkit.data.fingerprints import fingerprints
 from clipkit.data.options import DEFAULT_STORAGE, CaptionField, Source, Storage
-from clipkit.data.remote import ShardFiles
 from clipkit.data.sample import MAX_CAPTION_BYTES, MAX_JSON_BYTES, Absent, RawSample, Unusable, field_value
-from clipkit.data.scan import Blocks, ShardWalk
 from clipkit.data.source import is_remote, needs_stream
 from clipkit.data.tar_format import IMAGE_EXTENSIONS
+from clipkit.data.walked import walked_samples
 from clipkit.types import ConfigError, DataError, Needs
 
 # (samples, shards) of the first look, and of the second if something that is needed was in none of them.
@@ -251,17 +249,7 @@ def _samples(shard: str, storage: Storage) -> Iterator[RawSample]:
         with closing(raw_samples([shard], storage)) as streamed:
             yield from streamed
         return
-    files = ShardFiles([shard], storage)
-    facts = files.facts(0) if is_remote(shard) else fingerprints([shard], storage)[0]
-    blocks = Blocks(lambda begin, end: files.read(0, begin, end, facts), facts[0], _BLOCK)
-    blocks.keep = True
-    for span in ShardWalk(shard, blocks.read, *facts).samples():
-        members = {
-            extension: (member.data - span.start, member.data - span.start + member.size)
-            for extension, member in span.members.items()
-        }
-        yield RawSample(span.key, members, blocks.read(span.start, span.end - span.start))
-        blocks.release(span.end)
+    yield from walked_samples(shard, storage, _BLOCK)
 
 
 def _names(sample: RawSample) -> tuple[set[str], set[str]]:

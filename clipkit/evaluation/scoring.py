@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from clipkit.data.curation.survey import Rows, read_samples, rows_of
+from clipkit.data.curation.survey import Rows, rows_of
 from clipkit.data.engine import Engine
 from clipkit.data.sample import RawSample, Unusable, caption, decode_image, image_bytes
+from clipkit.data.walked import walked_samples
 from clipkit.evaluation.embed import Encoder, embed_images
 from clipkit.evaluation.images import Images
 
@@ -64,7 +65,7 @@ class Scorer:
         return _unit(embed_images(self.model, images, batch_size=self.batch_size)).float().numpy()
 
     def _prepared(self, shard: str, caption_field: str | None) -> Iterator[Prepared]:
-        samples = read_samples(shard)
+        samples = walked_samples(shard)
 
         def parts() -> Iterator[tuple[list[RawSample], Callable[[Image.Image], Tensor], str | None]]:
             while part := list(islice(samples, self.batch_size)):

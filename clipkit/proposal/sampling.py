@@ -19,11 +19,10 @@ from clipkit.data.making.collection import Entry, collect
 from clipkit.data.making.samples import Layout
 from clipkit.data.options import DEFAULT_STORAGE
 from clipkit.data.raw.reading import Plan
-from clipkit.data.remote import ShardFiles
-from clipkit.data.scan import REMOTE_BLOCK, Blocks, ShardWalk
 from clipkit.data.shards import shard_name, write_members
 from clipkit.data.source import expand_shards, is_remote, needs_stream
 from clipkit.data.stated_counts import stated_total
+from clipkit.data.walked import walked_samples
 from clipkit.types import ConfigError, DataError
 
 SAMPLE = 4096  # pairs that are looked at
@@ -127,18 +126,8 @@ def copy_shards(spec: str, folder: Path, progress: Progress) -> Sampled:
 
 def _members(shard: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard as their members, in order; damage is an error when it is reached."""
-    (facts,) = fingerprints([shard], DEFAULT_STORAGE)
-    files = ShardFiles([shard])
-    block = REMOTE_BLOCK if is_remote(shard) else 1 << 20
-    blocks = Blocks(lambda begin, end: files.read(0, begin, end, facts), facts[0], block)
-    blocks.keep = True
-    for span in ShardWalk(shard, blocks.read, *facts).samples():
-        content = blocks.read(span.start, span.end - span.start)
-        yield {"__key__": span.key} | {
-            extension: content[member.data - span.start : member.data - span.start + member.size]
-            for extension, member in span.members.items()
-        }
-        blocks.release(span.end)
+    for sample in walked_samples(shard):
+        yield {"__key__": sample.key} | {name: sample.chunk[a:b] for name, (a, b) in sample.members.items()}
 
 
 def _counted(shards: list[str]) -> int | None:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipkit.data.curation.rules import uid_at
-from clipkit.data.curation.survey import Rows, read_samples, rows_of
+from clipkit.data.curation.survey import Rows, rows_of
 from clipkit.data.sample import RawSample, Unusable, caption, decode_image, image_bytes
 from clipkit.data.shards import normalize_caption
+from clipkit.data.walked import walked_samples
 
 EXACT = ("image", "pixels", "caption", "pair")
 PHASH = "phash"
@@ -81,7 +82,7 @@ def fingerprint_shard(
     digests: dict[str, list[Any]] = {kind: [] for kind in kinds}
     flat: list[bool] = []
     uids = []
-    for sample in read_samples(shard):
+    for sample in walked_samples(shard):
         keys.append(sample.key)
         if uid_field is not None:
             uids.append(uid_at(sample, uid_field))

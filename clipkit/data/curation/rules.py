@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.curation.balancing import Entries
-from clipkit.data.curation.survey import Rows, read_samples, rows_of
+from clipkit.data.curation.survey import Rows, rows_of
 from clipkit.data.key_table import text_hash
 from clipkit.data.sample import (
     Absent,
@@ -28,6 +28,7 @@ from clipkit.data.sample import (
     image_bytes,
     image_size,
 )
+from clipkit.data.walked import walked_samples
 from clipkit.types import ConfigError, DataError
 
 _UID = re.compile("[0-9a-fA-F]{32}")
@@ -193,7 +194,7 @@ def examine(shard: str, plan: Plan) -> dict[str, Rows]:
     failed, reasons, scores, draws, counts = [], [], [], [], []
     found: list[NDArray[np.int32]] = []
     uids = []
-    for sample in read_samples(shard):
+    for sample in walked_samples(shard):
         bits, reason, score, uid = 0, "", math.nan, (0, 0)
         matched = np.zeros(0, np.int32)
         try:

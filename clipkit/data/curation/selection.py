@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.curation.survey import OnPart, Rows, Survey, job_description, key_of, read_samples
+from clipkit.data.curation.survey import OnPart, Rows, Survey, job_description, key_of
 from clipkit.data.curation.tables import (
     FORMATS,
     check_format,
@@ -35,6 +35,7 @@ from clipkit.data.shards import (
     write_text,
 )
 from clipkit.data.source import is_remote
+from clipkit.data.walked import walked_samples
 from clipkit.types import ConfigError, DataError
 
 UNUSABLE = "unusable"
@@ -315,7 +316,7 @@ def write_parts(
 
 def copy_shard(path: Path, shard: str, keep: NDArray[np.bool_]) -> ShardRecord:
     """Writes the samples of a shard that `keep` names, every member as it is."""
-    samples = (sample for sample, kept in zip(read_samples(shard), keep.tolist(), strict=True) if kept)
+    samples = (sample for sample, kept in zip(walked_samples(shard), keep.tolist(), strict=True) if kept)
     members = (
         (sample.key, {extension: sample.chunk[a:b] for extension, (a, b) in sample.members.items()})
         for sample in samples

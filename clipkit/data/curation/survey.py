@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,57 +15,11 @@ from clipkit.data.engine import Engine
 from clipkit.data.fingerprints import fingerprints
 from clipkit.data.finished import Finished
 from clipkit.data.options import DEFAULT_STORAGE
-from clipkit.data.remote import RemoteShards
-from clipkit.data.sample import RawSample
-from clipkit.data.scan import Blocks, ShardWalk
 from clipkit.data.source import is_remote
-from clipkit.types import DataError
 
 Rows = NDArray[Any]
 OnPart = Callable[[str, int, int], None]
 """Called with (stage, parts done, parts in all)."""
-
-_BLOCK = 4 << 20
-
-
-def read_samples(shard: str) -> Iterator[RawSample]:
-    """Yields the samples of a shard in order, a few megabytes in memory at a time.
-
-    Raises DataError of any damage, when it is reached.
-    """
-    if is_remote(shard):
-        source = RemoteShards(DEFAULT_STORAGE)
-        try:
-            facts = source.facts(shard)
-            yield from _walk(shard, lambda begin, end: source.read(shard, begin, end, facts), *facts)
-        finally:
-            source.close()
-        return
-    try:
-        with open(shard, "rb") as file:
-            descriptor = file.fileno()
-            status = os.fstat(descriptor)
-            yield from _walk(
-                shard,
-                lambda begin, end: os.pread(descriptor, end - begin, begin),
-                status.st_size,
-                status.st_mtime_ns,
-            )
-    except OSError as error:
-        raise DataError(f"{shard}: {error.strerror or error}", "correct the path or bring it back") from error
-
-
-def _walk(shard: str, read: Callable[[int, int], bytes], size: int, stamp: int) -> Iterator[RawSample]:
-    blocks = Blocks(read, size, _BLOCK)
-    blocks.keep = True
-    for span in ShardWalk(shard, blocks.read, size, stamp).samples():
-        chunk = blocks.read(span.start, span.end - span.start)
-        members = {
-            extension: (member.data - span.start, member.data - span.start + member.size)
-            for extension, member in span.members.items()
-        }
-        yield RawSample(span.key, members, chunk)
-        blocks.release(span.end)
 
 
 @dataclass(frozen=True)
