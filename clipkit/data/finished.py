@@ -87,9 +87,10 @@ class Finished:
                 shutil.rmtree(self._own, ignore_errors=True)
                 shards = sum(path.endswith(".tar") for path in outputs)
                 return Ended(shards, done["samples"], done["result"])
-            for path in map(os.path.normpath, held):
-                if path in lost or path not in outputs:
-                    raise ConfigError(f"{path} is not what this command wrote there", cure)
+            others = {*map(os.path.normpath, held)} - outputs.keys()
+            strange = sorted(others) + sorted(filter(os.path.lexists, lost))
+            if strange:
+                raise ConfigError(f"{strange[0]} is not what this command wrote there", cure)
         elif not overwrite and not self.begun:
             self._refuse_other(held, cure)
         if take:

@@ -46,9 +46,8 @@ _SURVEY_BLOCK = 1000
 _TAR_BLOCK = 512
 _PLAN = "plan"
 _REJECTS = "rejects.jsonl"
-_EVALUATION_TEXTS = (
-    *("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt", "test/nshards.txt"),
-)
+_TEMPLATES = "zeroshot_classification_templates.txt"
+_EVALUATION_TEXTS = ("classnames.txt", _TEMPLATES, "dataset_type.txt", "test/nshards.txt")
 # What a killed job can leave: the name of a file that it was writing, as `shards` makes them.
 _LEFT = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
 
@@ -270,6 +269,7 @@ class MakeJob:
                 if _LEFT.search(left.name):
                     left.unlink(missing_ok=True)
         self._write_rejects(len(self._bounds or ()) - 1)
+        texts = SUMMARIES if self.layout.train else _EVALUATION_TEXTS
         if self.layout.train:
             finish_train_shards(self.out, made.records, self.job)
             paths = [os.path.abspath(self.folder / record.name) for record in made.records]
@@ -278,10 +278,10 @@ class MakeJob:
             names = self.collection.classnames if self.layout.num_classes is not None else None
             finish_evaluation_set(self.out, made.records, names, self.templates)
         shards = [self.folder / record.name for record in made.records]
-        beside = (self.out / name for name in (*SUMMARIES, *_EVALUATION_TEXTS, _REJECTS))
-        found = [*shards, *(path for path in beside if path.is_file())]
+        # Sets for retrieval have no names of classes.
+        beside = [path for name in (*texts, _REJECTS) if (path := self.out / name).is_file()]
         samples = sum(record.samples for record in made.records)
-        self.finished.end(found, samples, [vars(record) for record in made.records])
+        self.finished.end([*shards, *beside], samples, [vars(record) for record in made.records])
 
     def _write_rejects(self, shards: int) -> None:
         """Writes rejects.jsonl, one line per unusable row; empty when there is none."""

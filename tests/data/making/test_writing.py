@@ -370,6 +370,21 @@ def test_finished_shards_are_not_made_again(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
 
 
+def test_a_table_that_changed_after_a_kill_is_named(tmp_path: Path) -> None:
+    path, out, making = table(tmp_path, 12), tmp_path / "out", Making(samples_per_shard=2)
+    job = MakeJob(open_collection(path), out, making, Layout())
+    job.begin(overwrite=False)
+    job.run(Engine(), numbers=range(0, 2))
+    before = bytes_of(out)
+    # The same rows at another time are the same input.
+    path.write_bytes(path.read_bytes())
+    MakeJob(open_collection(path), out, making, Layout()).begin(overwrite=False)
+    path.write_bytes(path.read_bytes().rstrip() + b" and more\n")
+    with pytest.raises(ConfigError, match=r"made otherwise: pairs\.csv changed\n"):
+        make_shards(open_collection(path), out, making)
+    assert bytes_of(out) == before
+
+
 def test_records_are_read_when_their_turn_comes(tmp_path: Path) -> None:
     path, out = table(tmp_path, 12), tmp_path / "out"
     job = MakeJob(open_collection(path), out, Making(samples_per_shard=2), Layout())
