@@ -116,8 +116,9 @@ def test_dry_run_writes_nothing(catalogue: Path, tmp_path: Path, capsys: pytest.
 
 def test_existing_shards_are_replaced_only_on_demand(catalogue: Path, tmp_path: Path) -> None:
     arguments = [str(catalogue), "--out", str(tmp_path / "out")]
-    assert [make_shards(arguments), make_shards(arguments)] == [0, 2]
-    assert make_shards([*arguments, "--overwrite"]) == 0
+    assert make_shards(arguments) == 0
+    assert make_shards([*arguments, "--samples-per-shard", "2"]) == 2
+    assert make_shards([*arguments, "--samples-per-shard", "2", "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,14 @@ import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipkit.data.download_folder import SUMMARY, SUMMARY_FORMAT, claimed, prepare, statistics
+from clipkit.data.fingerprints import path_input
+from clipkit.data.finished import ELSEWHERE, Ended, Finished
+from clipkit.data.shard_folder import shards_in
 from clipkit.data.shards import write_text
 from clipkit.data.url_list import Columns, UrlList
 from clipkit.types import ClipkitError, ConfigError, DataError
@@ -86,18 +89,19 @@ class Download:
         }
         return [f"--{name}={value}" for name, value in flags.items() if value is not None]
 
-    def identity(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Returns what the shards depend on, JSON-able."""
-        path = self.source.path
         return {
-            "list": path.name,
-            "bytes": path.stat().st_size if path.is_file() else None,
-            "rows": None if self.source.rows is None else sum(self.source.rows),
-            **asdict(self.columns),
-            "kept": list(self.columns.kept),
-            "resize": self.resize,
-            "resize_mode": self.resize_mode,
-            "per_shard": self.per_shard,
+            "job": "download",
+            "options": {
+                "url-key": self.columns.url,
+                "caption-key": self.columns.caption,
+                "keep": list(self.columns.kept),
+                "resize": self.resize,
+                "resize-mode": self.resize_mode,
+                "samples-per-shard": self.per_shard,
+            },
+            "inputs": [path_input(self.source.path)],
         }
 
 
@@ -135,6 +139,7 @@ class Outcome:
     statuses    of rows: "success", or the words of a failure -> how many
     shards      finished shards -> samples
     unfinished  numbers of shards that are missing or were left half written
+    ended       of a download that had ended before
     """
 
     rows: int = 0
@@ -144,6 +149,7 @@ class Outcome:
     statuses: Counter[str] = field(default_factory=Counter)
     shards: dict[str, int] = field(default_factory=dict)
     unfinished: list[int] = field(default_factory=list)
+    ended: Ended | None = None
 
     @property
     def failures(self) -> list[tuple[str, int]]:
@@ -175,7 +181,8 @@ def read_outcome(out: Path, num_shards: int | None = None) -> Outcome:
 def run_download(
     download: Download, on_line: Callable[[str], None], on_rows: Callable[[int], None]
 ) -> Outcome:
-    """Downloads, or continues after the shards that are finished, and writes sizes.json and download.json.
+    """Downloads, or continues after the shards that are finished, and writes sizes.json and download.json;
+    a download that has ended is left as it is.
 
     on_line: called with what img2dataset says; on_rows: with the rows that are done. Raises ConfigError for a
     folder that belongs to something else, DataError (exit 3) when nothing could be fetched, ClipkitError when
@@ -183,7 +190,11 @@ def run_download(
     """
     command = command_of(download)
     out, num_shards = download.out, download.source.num_shards(download.per_shard)
-    with claimed(out, download.identity()) as lock:
+    work = Finished(out, download.description())
+    with claimed(out) as lock:
+        ended = work.begin(shards_in([out]), cure=ELSEWHERE)
+        if ended is not None:
+            return Outcome(ended=ended)
         prepare(out)
         done = read_outcome(out, num_shards).rows
         try:
@@ -211,6 +222,7 @@ def run_download(
         )
     if not found.rows:
         raise DataError("img2dataset found no row to download", "give a list with at least one address")
+    work.end((out / name for name in (*found.shards, "sizes.json", SUMMARY)), found.successes)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The folder of a download: held by one at a time, of one list, free of what img2dataset stumbles over."""
+"""The folder of a download: held by one at a time, free of what img2dataset stumbles over."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from clipkit.types import ConfigError
 
 SUMMARY = "download.json"
 SUMMARY_FORMAT = "clipkit download "
-RECORD = ".clipkit-download"
+LOCK = ".clipkit-download"
 
 _STATS = re.compile(r"(\d{5,})_stats\.json")
 _COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
@@ -40,11 +40,15 @@ def statistics(out: Path) -> Iterator[tuple[Path, int, dict[str, Any] | None]]:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, identity: Mapping[str, Any]) -> Iterator[int]:
-    """Holds the folder for one download; yields the descriptor of the lock, for the child to hold as well."""
+def claimed(out: Path) -> Iterator[int]:
+    """Holds the folder for one download; yields the descriptor of the lock, for the child to hold as well.
+
+    A folder that is refused, here or in the block, stays as it was.
+    """
+    known = (out / LOCK).exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / RECORD, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigError(
             f"{out}: cannot be written ({error.strerror})", "choose a folder you may write to"
@@ -52,16 +56,12 @@ def claimed(out: Path, identity: Mapping[str, Any]) -> Iterator[int]:
     try:
         _lock(descriptor, out)
         try:
-            _check_record(out, identity)
             _refuse_strange(out)
+            yield descriptor
         except ConfigError:
-            if not os.fstat(descriptor).st_size:
-                (out / RECORD).unlink()  # a folder that is refused stays as it was
+            if not known:
+                (out / LOCK).unlink()
             raise
-        with open(descriptor, "r+", encoding="utf-8", closefd=False) as record:
-            record.truncate()
-            record.write(json.dumps(identity, ensure_ascii=False))
-        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -77,33 +77,6 @@ def _lock(descriptor: int, out: Path) -> None:
         raise ConfigError(
             f"{out}: cannot be locked ({error.strerror})", "choose a folder of a file system that has locks"
         ) from error
-
-
-def _check_record(out: Path, identity: Mapping[str, Any]) -> None:
-    try:
-        before = dict(json.loads((out / RECORD).read_text(encoding="utf-8") or "{}"))
-    except (ValueError, TypeError):
-        before = {}  # cut by a kill
-    finished = [path for path, _, stats in statistics(out) if stats is not None]
-    if not finished:
-        if any(out.glob("*.tar")) and not before:
-            raise ConfigError(f"{out}: holds shards that img2dataset did not make", "choose another folder")
-        return
-    if not before:
-        raise ConfigError(
-            f"{out}: holds shards that img2dataset made without a record of their list",
-            "choose another folder, or continue there with what made them",
-        )
-    different = [
-        f"{key} {before[key]!r} -> {value!r}"
-        for key, value in identity.items()
-        if key in before and before[key] != value
-    ]
-    if different:
-        raise ConfigError(
-            f"{out}: holds shards of another list or of other options: {', '.join(different)}",
-            "choose another folder, or repeat what was given before",
-        )
 
 
 def _refuse_strange(out: Path) -> None:

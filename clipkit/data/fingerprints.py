@@ -6,11 +6,14 @@ import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 from clipkit.data.http_ranges import NoRanges
-from clipkit.data.options import Storage
+from clipkit.data.options import DEFAULT_STORAGE, Storage
 from clipkit.data.remote import RemoteShards
 from clipkit.data.source import is_remote
+from clipkit.redaction import redact
 from clipkit.types import DataError
 
 REQUESTS_AT_ONCE = 16
@@ -63,6 +66,30 @@ def fingerprints(shards: Sequence[str], storage: Storage) -> list[Fingerprint]:
             "correct data.train or bring the shards back",
         )
     return [found[shard] for shard in shards]
+
+
+def shard_inputs(shards: Sequence[str]) -> list[list[Any]]:
+    """Returns [name, size, stamp] of every shard, as a job describes its inputs; errors as above."""
+    facts = fingerprints(shards, DEFAULT_STORAGE)
+    names = (redact(shard) if is_remote(shard) else os.path.abspath(shard) for shard in shards)
+    return [[name, *fact] for name, fact in zip(names, facts, strict=True)]
+
+
+def path_input(path: str | Path) -> list[Any]:
+    """Returns [name, size, time of the last change in ns] of a file, or of all in a folder but hidden files;
+    the name alone of what is not there, which is refused where it is opened.
+    """
+    root = Path(os.path.abspath(path))
+    if not root.exists():
+        return [str(root)]
+    below = [] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+    shown = (path for path in below if not any(name[0] == "." for name in path.relative_to(root).parts))
+    status = [path.stat() for path in ([root] if root.is_file() else shown)]
+    return [
+        str(root),
+        sum(each.st_size for each in status),
+        max((each.st_mtime_ns for each in status), default=0),
+    ]
 
 
 def _local(shard: str) -> Fingerprint | str:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from clipkit.data.curation.selection import Target, working
 from clipkit.data.curation.survey import OnPart
 from clipkit.data.engine import Engine
-from clipkit.data.finished import is_whole
+from clipkit.data.finished import Ended, is_whole
 from clipkit.data.sample import MAX_JSON_BYTES, RawSample, Unusable, caption
-from clipkit.data.shard_folder import begin_shards
+from clipkit.data.shard_folder import SUMMARIES, begin_shards
 from clipkit.data.shards import ShardRecord, finish_train_shards, shard_name, write_copied_shard
 from clipkit.data.source import plain_shards
 from clipkit.data.walked import walked_samples
@@ -277,10 +277,11 @@ def _document(sample: RawSample) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was written: a part, or the whole set with its manifest."""
+    """What was written: a part, or the whole set with its manifest; nothing by a job that has `ended`."""
 
     parts: tuple[Written, ...]
     whole: bool
+    ended: Ended | None = None
 
 
 def _refuse_unread(options: HardCaptions, found: Sequence[Written]) -> None:
@@ -318,14 +319,15 @@ def write_hard_captions(
     shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
     target = Target(out, None)
-    with working(
-        target, shards, ("hard-captions", asdict(options)), overwrite=overwrite, dry_run=dry_run
-    ) as survey:
+    values = {"rule" if name == "rules" else name: value for name, value in asdict(options).items()}
+    with working(target, shards, "hard-captions", values, overwrite=overwrite, dry_run=dry_run) as survey:
+        if survey.ended is not None:
+            return Outcome((), whole=True, ended=survey.ended)
         work = survey.work
         folder = work.place("copies").parent if dry_run else out
         if not dry_run:
             # They speak of the shards that are replaced now.
-            begin_shards(out, "sizes.json", "manifest.json")
+            begin_shards(out, *SUMMARIES)
         pending = [
             number
             for number in numbers
@@ -350,6 +352,7 @@ def write_hard_captions(
         if whole:
             _refuse_unread(options, found)
         if whole and not dry_run:
-            finish_train_shards(out, [written.record for written in found])
-            work.clear()
+            records = finish_train_shards(out, [written.record for written in found])
+            outputs = (out / name for name in (*SUMMARIES, *(record.name for record in records)))
+            work.end(outputs, sum(record.samples for record in records))
         return Outcome(tuple(found), whole)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from clipkit.data.source import is_remote
 from clipkit.types import ConfigError
 
 SUMMARIES = ("sizes.json", "manifest.json")  # in the order of removal: sizes.json is known by the manifest
@@ -22,10 +25,28 @@ def begin_shards(folder: Path, *summaries: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def refuse_shards(folder: Path) -> None:
-    """Raises ConfigError when `folder` already holds tar files, which writing there would replace."""
-    if any(folder.glob("*.tar")):
-        raise ConfigError(f"{folder} already holds shards", "choose another folder, or pass --overwrite")
+def shards_in(folders: Iterable[Path]) -> Iterator[Path]:
+    """Yields the tar files that lie in these folders."""
+    for folder in folders:
+        yield from sorted(folder.glob("*.tar"))
+
+
+def refuse_source(folders: Iterable[Path], shards: Sequence[str], option: str = "--out") -> None:
+    """Raises ConfigError when a shard that is read lies where `option` writes, which would replace it."""
+    taken = {os.path.realpath(folder): folder for folder in folders}
+    for shard in shards:
+        if is_remote(shard):
+            continue
+        # A linked shard lies in two folders, and writing to either would replace it.
+        for folder in (
+            os.path.realpath(os.path.dirname(shard) or "."),
+            os.path.dirname(os.path.realpath(shard)),
+        ):
+            if folder in taken:
+                raise ConfigError(
+                    f"{option} {taken[folder]} holds {shard}, which is read and would be replaced",
+                    "choose another folder",
+                )
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -152,12 +152,23 @@ def test_the_same_command_continues(
     assert download(*every) == 0
     assert (out / "00000.tar").stat().st_mtime_ns == finished
     assert json.loads((out / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 3, "00002.tar": 2}
+    ended = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capfd.readouterr()
+    assert download(*every) == 0
+    said = capfd.readouterr()
+    assert f"nothing to do: {out} was made by this very command" in said.out
+    assert "(3 shards, 8 samples)" in said.out
+    assert "Starting the downloading" not in said.err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == ended
     (out / "00002.tar").unlink()
     assert download(*every) == 0
     assert (out / "00002.tar").is_file()
     for other in (("--samples-per-shard", "4"), (*every[2:], "--caption-key", "uid")):
         assert download(urls, out, *other) == 2
-    assert "shards of another list or of other options: per_shard 3 -> 4" in capfd.readouterr().err
+    assert "made otherwise: --samples-per-shard 3 -> 4" in capfd.readouterr().err
+    table_of(urls, rows[:5])
+    assert download(*every) == 2
+    assert re.search(r"made otherwise: \S+list\.csv changed$", capfd.readouterr().err, re.MULTILINE)
     assert json.loads((out / "sizes.json").read_text())["00000.tar"] == 3
 
 
@@ -256,7 +267,7 @@ def test_folders_that_are_not_its_own(
     (made / "00000.tar").write_bytes(b"precious")
     (made / "sizes.json").write_text("{}")
     assert download(urls, made) == 2
-    assert "did not make" in capsys.readouterr().err
+    assert "already holds shards" in capsys.readouterr().err
     assert sorted(path.name for path in made.iterdir()) == ["00000.tar", "sizes.json"]
     own = tmp_path / "own"
     own.mkdir()

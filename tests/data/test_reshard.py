@@ -457,7 +457,7 @@ def main_like(out: Path, inputs: Path, options: dict[str, Any]) -> None:
     """The command's steps, at the end of which all is there."""
     job = Reshard(input_shards([str(inputs)]), out, **options)
     with Resharding(job, Engine(1), lambda *_: None) as work:
-        if work.begin():
+        if work.begin() is None:
             plan = work.plan()
             work.write(plan, range(len(plan.parts)))
             assert work.finish(plan) is not None
@@ -485,7 +485,7 @@ def test_the_command_shares_continues_and_says_when_nothing_is_left(
     assert command(*shared) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert command(*shared, "--shuffle-seed", 5) == 2
-    assert "already holds shards" in capsys.readouterr().err
+    assert "already holds shards, made otherwise: --shuffle-seed 0 -> 5" in capsys.readouterr().err
     assert command(*shared, "--shuffle-seed", 5, "--overwrite") == 0
     assert visible_bytes(out) != visible_bytes(tmp_path / "whole")
     (out / "00001.tar").unlink()

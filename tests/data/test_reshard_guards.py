@@ -18,7 +18,7 @@ def test_shards_put_where_a_finished_job_was_are_not_replaced(tmp_path: Path) ->
     run(out, inputs)
     for number in range(3):
         (out / f"{number:05d}.tar").write_bytes(b"of someone else")
-    with pytest.raises(ConfigError, match="already holds shards"):
+    with pytest.raises(ConfigError, match="not what this command wrote"):
         run(out, inputs)
     assert {path.read_bytes() for path in out.glob("*.tar")} == {b"of someone else"}
     run(out, inputs, overwrite=True)

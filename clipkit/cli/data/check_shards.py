@@ -67,7 +67,7 @@ def check_shards(
     Example: clipkit data check-shards train/ --out report.jsonl --workers 8
     """
     from clipkit.data.checking.beside import find_shards
-    from clipkit.data.checking.repair import check_destination
+    from clipkit.data.checking.repair import check_destination, repaired
     from clipkit.data.checking.samples import SampleRules
 
     rules = SampleRules(tuple(caption or ("txt",)), max_pixels, decode=not fast)
@@ -84,6 +84,10 @@ def check_shards(
     check_out(out)
     if dry_run:
         _say_plan(names, numbers, rules, out, repair)
+        return
+    ended = None if repair is None else repaired(names, rules, repair)
+    if ended is not None and (out is None or out.exists()):
+        say(ended.line(repair))
         return
     _run(names, numbers, rules, engine_of(workers, engine), out, repair, show)
 

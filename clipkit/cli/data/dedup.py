@@ -39,7 +39,8 @@ from clipkit.cli.evaluating import Precision
 from clipkit.cli.output import StageProgress, say
 
 if TYPE_CHECKING:
-    from clipkit.data.curation.duplicates import Deduplication, Evaluation
+    from clipkit.data.curation.duplicates import Deduplication
+    from clipkit.data.curation.pictures import Evaluation
     from clipkit.data.engine import Engine
     from clipkit.evaluation.scoring import Scorer
 
@@ -192,7 +193,7 @@ def _run(
     by_model = bool(job.embedded_by) and job.likeness.cosine is not None
 
     def evaluation() -> Evaluation:
-        from clipkit.data.curation.duplicates import evaluation_of
+        from clipkit.data.curation.pictures import evaluation_of
         from clipkit.evaluation.datasets import open_images
 
         images = [open_images(data, sets[1]) for data in sets[0]]
@@ -211,6 +212,9 @@ def _run(
             dry_run=dry_run,
             progress=progress,
         )
+    if done.ended is not None:
+        say(done.ended.line(job.target.out or job.target.keys_out))
+        return
     if done.summary is None:
         say(f"{done.examined:,} shards are examined; once all are, run it without --start and --end")
         return

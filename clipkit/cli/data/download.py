@@ -99,12 +99,14 @@ def download(
     if dry_run:
         return
     rows = sum(source.rows) if source.rows is not None else 0
+    found = None
     try:
         with StageProgress() as progress:
             found = run_download(asked, _remark, lambda done: progress("addresses", done, max(rows, done)))
     finally:
-        _show(asked)
-    say(*_next(asked, found))
+        if found is None or found.ended is None:
+            _show(asked)
+    say(*(_next(asked, found) if found.ended is None else [found.ended.line(out)]))
 
 
 def _remark(line: str) -> None:

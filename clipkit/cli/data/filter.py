@@ -215,6 +215,9 @@ def _run(
         done = run_filter(
             job, shards, engine, score, numbers_of, overwrite=overwrite, dry_run=dry_run, progress=progress
         )
+    if done.ended is not None:
+        say(done.ended.line(job.target.out or job.target.keys_out))
+        return
     if done.summary is None:
         say(f"{done.examined:,} shards are examined; once all are, run it without --start and --end")
         return

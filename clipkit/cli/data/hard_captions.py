@@ -81,6 +81,9 @@ def hard_captions(
             dry_run=dry_run,
             progress=progress,
         )
+    if done.ended is not None:
+        say(done.ended.line(out))
+        return
     made: Counter[int] = Counter()
     for written in done.parts:
         made.update(written.made)

@@ -209,7 +209,10 @@ def _make(job: MakeJob, engine: Engine, start: int, end: int | None, overwrite: 
     began = time.perf_counter()
     whole = start == 0 and end is None
     with StageProgress() as stage:
-        job.begin(overwrite)
+        ended = job.begin(overwrite)
+        if ended is not None:
+            say(ended.line(job.out))
+            return
         bounds = job.bounds(engine, _counter(stage, "entries measured", len(job.collection)))
         numbers = share(start, end, len(bounds) - 1, "shards")
         entries = bounds[numbers.stop] - bounds[numbers.start]

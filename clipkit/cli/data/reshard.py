@@ -161,8 +161,9 @@ def _run(
     with StageProgress() as progress:
         work = Resharding(job, engine_of(workers, engine), progress, dry_run=dry_run)
         with work:
-            if not work.begin(overwrite):
-                say(f"{job.out} holds the result of this command already: nothing to do")
+            ended = work.begin(overwrite)
+            if ended is not None:
+                say(ended.line(job.out))
                 return
             plan = work.plan()
             numbers = share(*part, len(plan.parts), "output shards")

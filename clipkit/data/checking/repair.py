@@ -19,8 +19,9 @@ from clipkit.data.checking.samples import SampleRules
 from clipkit.data.checking.shard import is_dotted, samples_of
 from clipkit.data.checking.walking import OpenShard, opened_shard
 from clipkit.data.engine import Engine
-from clipkit.data.finished import Finished, is_whole, storing
+from clipkit.data.finished import ELSEWHERE, Ended, Finished, is_whole, storing
 from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, SampleSpan
+from clipkit.data.shard_folder import SUMMARIES, refuse_source, shards_in
 from clipkit.data.shard_records import OnShard
 from clipkit.data.shards import ShardRecord, finish_train_shards, write_copied_shard, write_text
 from clipkit.data.source import Unreadable, is_remote
@@ -45,10 +46,9 @@ class Repaired:
 
 def check_destination(shards: Sequence[str], out: Path) -> None:
     """Raises ConfigError when a repair into `out` could touch an original or mix up shards."""
+    refuse_source({out, *(_folder(shard, out) for shard in shards)}, shards, "--repair")
     names: dict[str, str] = {}
     for shard in shards:
-        if not is_remote(shard) and Path(shard).absolute().parent in (out.absolute(), _folder(shard, out)):
-            raise ConfigError(f"--repair {out} is the folder of the shards", "choose another folder")
         name = str(_target(shard, out))
         if writable(name) != name:
             raise ConfigError(f"{shard}: a manifest cannot hold this name", "give the file a name in UTF-8")
@@ -72,12 +72,40 @@ def repair_set(
 ) -> Repaired:
     """Writes clean copies of the damaged shards into `out`, beside hard links to (or copies of) the others.
 
-    check: that of the whole set. Repeated after an interruption it continues. Raises ConfigError for a folder
-    that holds other shards, Unreadable for a shard that is out of reach now.
+    check: that of the whole set. Repeated after an interruption it continues, and after its end it does
+    nothing. Raises ConfigError for a folder that holds other shards, Unreadable for a shard that is out of
+    reach now.
     """
     check_destination(shards, out)
+    ended = _begin(shards, rules, out)
+    if ended is not None:
+        return Repaired(**{**ended.result, "lost": tuple(ended.result["lost"])})
     with storing(out):
         return _repair_set(shards, check, rules, out, engine, on_shard)
+
+
+def repaired(shards: Sequence[str], rules: SampleRules, out: Path) -> Ended | None:
+    """Returns what a repair of these shards left in `out`, None when there is something to do.
+
+    Nothing is written. Raises ConfigError for a folder that holds other shards.
+    """
+    return _begin(shards, rules, out, take=False)
+
+
+def _begin(shards: Sequence[str], rules: SampleRules, out: Path, take: bool = True) -> Ended | None:
+    folders = sorted({_folder(shard, out) for shard in shards})
+    return _records(shards, rules, out).begin(shards_in(folders), take=take, cure=ELSEWHERE)
+
+
+def _records(shards: Sequence[str], rules: SampleRules, out: Path) -> Finished:
+    rules_of = rules_beside(shards, rules)
+    # The classes that a label may name are told by a file beside the shards.
+    inputs = [
+        [*_identity(shard), rule.evaluation, rule.classes]
+        for shard, rule in zip(shards, rules_of, strict=True)
+    ]
+    options = {"caption": list(rules.captions), "max-pixels": rules.max_pixels}
+    return Finished(out, {"job": "check-shards --repair", "options": options, "inputs": inputs})
 
 
 def _repair_set(
@@ -88,13 +116,7 @@ def _repair_set(
     engine: Engine,
     on_shard: OnShard | None,
 ) -> Repaired:
-    rules_of = rules_beside(shards, rules)
-    facts = [[_identity(shard), asdict(rule)] for shard, rule in zip(shards, rules_of, strict=True)]
-    finished = Finished(out, {"job": "repair 1", "shards": facts, "damaged": check.torn})
-    if not finished.begun and any(any(_folder(shard, out).glob("*.tar")) for shard in shards):
-        raise ConfigError(f"{out} already holds shards", "choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    finished.place("")
+    rules_of, finished = rules_beside(shards, rules), _records(shards, rules, out)
     broken = set(check.torn)
     pending = [n for n, shard in enumerate(shards) if not _is_done(finished.get(str(n)), _folder(shard, out))]
     jobs = (
@@ -111,8 +133,8 @@ def _repair_set(
         text = "kept as it is: which of its samples changed since the manifest was written cannot be told"
         line = {"shard": redact(shards[number]), "member": "", "byte": None, "kind": "bytes changed"}
         records[number]["dropped"].append({**line, "detail": text})
-    repaired = _assemble(shards, records, out, broken)
-    finished.clear()
+    repaired, outputs = _assemble(shards, records, out, broken)
+    finished.end(outputs, repaired.samples, asdict(repaired))
     return repaired
 
 
@@ -123,7 +145,10 @@ def _is_done(record: dict[str, Any] | None, folder: Path) -> bool:
     return written is None or is_whole(folder / written["name"], written["bytes"])
 
 
-def _assemble(shards: Sequence[str], records: list[dict[str, Any]], out: Path, broken: set[int]) -> Repaired:
+def _assemble(
+    shards: Sequence[str], records: list[dict[str, Any]], out: Path, broken: set[int]
+) -> tuple[Repaired, list[Path]]:
+    """Writes what stands beside the shards; returns what was done, and all files that were written."""
     count = 0
     with replacing(out / DROPPED) as file:
         for record in records:
@@ -135,23 +160,27 @@ def _assemble(shards: Sequence[str], records: list[dict[str, Any]], out: Path, b
         kept = folders.setdefault(_folder(shard, out), [])
         if record["shard"] is not None:
             kept.append(ShardRecord(**record["shard"]))
+    outputs = [out / DROPPED]
     for folder, kept in folders.items():
-        _finish(folder, kept, shards, out)
+        outputs += [folder / record.name for record in kept]
+        outputs += _finish(folder, kept, shards, out)
     lost = tuple(shard for shard, record in zip(shards, records, strict=True) if record["shard"] is None)
     taken = len(shards) - len(broken)
     total = sum(record.samples for kept in folders.values() for record in kept)
-    return Repaired(len(broken) - len(lost), taken, total, count, lost)
+    return Repaired(len(broken) - len(lost), taken, total, count, lost), outputs
 
 
-def _finish(folder: Path, kept: list[ShardRecord], shards: Sequence[str], out: Path) -> None:
-    """Writes the lists beside the shards of one folder."""
+def _finish(folder: Path, kept: list[ShardRecord], shards: Sequence[str], out: Path) -> list[Path]:
+    """Writes the lists beside the shards of one folder, and returns them."""
     if folder == out:
         finish_train_shards(folder, kept)
-        return
+        return [folder / name for name in SUMMARIES]
     # An evaluation set: its texts stand beside its splits, and shards are counted from 0.
     write_text(folder / COUNTER, f"{len(kept)}\n")
-    for name, text in _texts(shards, out).items():
+    texts = _texts(shards, out)
+    for name, text in texts.items():
         shutil.copyfile(text, out / name)
+    return [folder / COUNTER, *(out / name for name in texts)]
 
 
 def _texts(shards: Sequence[str], out: Path) -> dict[str, Path]:

@@ -7,19 +7,18 @@ a chain of similar pictures is one group, even where its ends differ by more tha
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from clipkit.data.curation.groups import Components, Numbers, repeated, similar_pairs, similar_to
-from clipkit.data.curation.hashes import PHASH, fingerprint_shard, perceptual_hash
+from clipkit.data.curation.hashes import PHASH, fingerprint_shard
+from clipkit.data.curation.pictures import Evaluation
 from clipkit.data.curation.selection import (
     UNUSABLE,
     Summary,
@@ -39,6 +38,7 @@ from clipkit.data.curation.similar import (
 from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of
 from clipkit.data.curation.tables import shard_labels, written_lines
 from clipkit.data.engine import Engine
+from clipkit.data.finished import Ended
 from clipkit.data.shards import ShardRecord
 from clipkit.data.source import plain_shards
 from clipkit.data.tar_index import replacing
@@ -47,55 +47,6 @@ from clipkit.types import ConfigError
 MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
 HASHES, VECTORS = "hashes", "vectors"
 EMBEDDING, EVALUATION = "embedding", "evaluation"
-
-
-class Pictures(Protocol):
-    """A sequence of pictures with names, as evaluation sets hold them; picklable."""
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str:
-        """Returns how a message calls picture `index`."""
-        ...
-
-    def load(self, index: int) -> Image.Image:
-        """Returns the decoded picture."""
-        ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Pictures that must not be trained on.
-
-    names    one per picture; hashes uint64 and `hashed`, which of the pictures have one
-    vectors  unit vectors float32 (E, D), None without a model
-    """
-
-    names: tuple[str, ...]
-    hashes: NDArray[np.uint64]
-    hashed: NDArray[np.bool_]
-    vectors: NDArray[np.float32] | None = None
-
-
-def hash_pictures(pictures: Pictures, start: int, stop: int) -> list[int | None]:
-    """Returns the perceptual hashes of pictures start..stop; raises DataError for an unreadable one."""
-    return [perceptual_hash(pictures.load(index)) for index in range(start, stop)]
-
-
-def evaluation_of(
-    sets: Sequence[Pictures], engine: Engine, vectors: Sequence[NDArray[np.float32]] | None = None
-) -> Evaluation:
-    """Returns the pictures of all sets with their hashes, and with `vectors`, one array (E, D) per set."""
-    step = 256
-    parts = (
-        (pictures, start, min(start + step, len(pictures)))
-        for pictures in sets
-        for start in range(0, len(pictures), step)
-    )
-    found = [value for part in engine.map(hash_pictures, parts) for value in part]
-    names = tuple(pictures.name(index) for pictures in sets for index in range(len(pictures)))
-    hashed = np.array([value is not None for value in found], dtype=np.bool_)
-    hashes = np.array([value or 0 for value in found], dtype=np.uint64)
-    return Evaluation(names, hashes, hashed, None if vectors is None else np.concatenate(vectors))
 
 
 @dataclass(frozen=True)
@@ -328,18 +279,27 @@ class Deduplication:
         if not self.evaluation_sets and not self.within:
             raise ConfigError("nothing to compare with", "pass --by KIND, --against DATA, or both")
 
-    def description(self) -> tuple[str, dict[str, Any]]:
-        """Returns the name of the job and what its rows and outputs depend on."""
-        values = {name: value for name, value in asdict(self).items() if name != "target"}
-        if self.embeddings is not None:
-            found = self.embeddings.stat().st_mtime_ns if self.embeddings.exists() else 0
-            values["embeddings"] = [str(self.embeddings), found]
-        return "dedup", json.loads(json.dumps(values, default=str))
+    def options(self) -> dict[str, Any]:
+        """Returns what rows and outputs depend on besides files, by the options of the command."""
+        likeness = self.likeness
+        return {
+            "by": list(dict.fromkeys([*self.within, *likeness.hashes])),
+            "caption": self.caption,
+            "distance": likeness.distance,
+            "embeddings": self.embeddings or (self.embedded_by[0] if self.embedded_by else None),
+            "precision": self.embedded_by[-1] if self.embedded_by else None,
+            "cosine": likeness.cosine,
+            "neighbours": likeness.neighbours,
+            "against": self.evaluation_sets[:-1],
+            "split": self.evaluation_sets[-1:],
+            "uid-field": self.uid_field,
+        }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a deduplication did. summary: None when only a part of the shards was examined.
+    """What a deduplication did. summary: None when only a part of the shards was examined, or nothing was to
+    do because it has `ended`.
 
     matches: pairs of a sample and an evaluation picture; largest: samples of the largest group of near
     duplicates, by kind.
@@ -350,6 +310,7 @@ class Outcome:
     matches: int = 0
     largest: Mapping[str, int] = field(default_factory=dict)
     records: tuple[ShardRecord, ...] = ()
+    ended: Ended | None = None
 
 
 def run_dedup(
@@ -375,9 +336,19 @@ def run_dedup(
     numbers = numbers_of(len(shards))
     likeness = job.likeness
     read = [] if job.embeddings is None else [job.embeddings]
+    weights = [["the model's weights", *job.embedded_by]] if job.embedded_by else []
     with working(
-        job.target, shards, job.description(), inputs=read, overwrite=overwrite, dry_run=dry_run
+        job.target,
+        shards,
+        "dedup",
+        job.options(),
+        inputs=[*read, *map(Path, job.evaluation_sets[:-1])],
+        facts=weights,
+        overwrite=overwrite,
+        dry_run=dry_run,
     ) as survey:
+        if survey.ended is not None:
+            return Outcome(0, ended=survey.ended)
         kinds = (likeness.hashes, job.caption, job.uid_field)
         survey.make(HASHES, fingerprint_shard, numbers, engine, progress, kinds)
         if embed is not None:
@@ -394,7 +365,10 @@ def run_dedup(
         summary = summarize(survey, HASHES, verdicts)
         records: list[ShardRecord] = []
         if not dry_run:
-            if evaluation is not None:
-                verdicts.copy_matches(job.target.beside("evaluation_matches.jsonl"))
-            records = write_selection(survey, HASHES, verdicts, summary, job.target, engine, progress)
+            matches = [] if evaluation is None else [job.target.beside("evaluation_matches.jsonl")]
+            for path in matches:
+                verdicts.copy_matches(path)
+            records = write_selection(
+                survey, HASHES, verdicts, summary, job.target, engine, progress, beside=matches
+            )
         return Outcome(len(shards), summary, verdicts.matches, verdicts.largest, tuple(records))

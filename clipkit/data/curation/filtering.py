@@ -4,12 +4,10 @@ the set that remains, looks at what the others keep.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of, rows_of
 from clipkit.data.curation.tables import FORMATS, check_format, read_scores, shard_labels, written_table
 from clipkit.data.curation.thresholds import top_threshold
 from clipkit.data.engine import Engine
+from clipkit.data.finished import Ended
 from clipkit.data.shards import ShardRecord
 from clipkit.data.source import plain_shards
 from clipkit.types import ConfigError, DataError
@@ -185,34 +184,52 @@ class Filtering:
                 raise ConfigError(
                     f"--scores-out {self.scores_out} cannot be written", "choose a file in a folder that can"
                 )
+        if self.score_table is not None and not self.score_table.is_file():
+            raise ConfigError(f"{self.score_table}: no such file", "give a table written with --scores-out")
         decides = self.plan.basic.rules or self.choice.scored or self.plan.entries is not None
         if not decides and self.scores_out is None:
             raise ConfigError(
                 "no rule is asked for", "pass --basic, --min-words ..., --clip-score with --min, or --balance"
             )
 
-    def description(self) -> tuple[str, dict[str, Any]]:
-        """Returns the name of the job and what its rows and outputs depend on."""
-        values = asdict(self.plan) | {"choice": asdict(self.choice), "scored_by": list(self.scored_by)}
-        if self.score_table is not None:
-            try:
-                with self.score_table.open("rb") as stream:
-                    values["score_table"] = hashlib.file_digest(stream, "blake2b").hexdigest()
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.score_table}: {error.strerror or error}", "give a table written with --scores-out"
-                ) from error
-        return "filter", json.loads(json.dumps(values, default=str))
+    def options(self) -> dict[str, Any]:
+        """Returns what rows and outputs depend on besides files, by the options of the command."""
+        plan, choice = self.plan, self.choice
+        given = plan.score_field or self.score_table or (self.scored_by[0] if self.scored_by else None)
+        return {
+            "caption": plan.caption,
+            **{name.replace("_", "-"): value for name, value in vars(plan.basic).items()},
+            "clip-score": given,
+            "precision": self.scored_by[-1] if self.scored_by else None,
+            "min": choice.minimum,
+            "top": choice.top,
+            "balance": None if plan.entries is None else plan.entries.path,
+            "match": None if plan.entries is None else plan.entries.rule,
+            "t": choice.balance,
+            "keep-unmatched": choice.keep_unmatched,
+            "seed": choice.seed,
+            "uid-field": plan.uid_field,
+            "scores-out": None if self.scores_out is None else os.path.abspath(self.scores_out),
+        }
+
+    def inputs(self) -> list[Path]:
+        """Returns the files that are read besides the shards."""
+        entries = None if self.plan.entries is None else self.plan.entries.path
+        files = (self.score_table, entries, self.plan.basic.language_model)
+        return [path for path in files if path is not None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a filter did. summary: None when only a part of the shards was examined."""
+    """What a filter did. summary: None when only a part of the shards was examined, or nothing was to do
+    because it has `ended`.
+    """
 
     examined: int
     summary: Summary | None = None
     threshold: float | None = None
     records: tuple[ShardRecord, ...] = ()
+    ended: Ended | None = None
 
 
 def run_filter(
@@ -235,11 +252,19 @@ def run_filter(
     job.check()
     shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
-    entries = None if job.plan.entries is None else job.plan.entries.path
-    read = [path for path in (job.score_table, entries) if path is not None]
+    weights = [["the model's weights", *job.scored_by]] if job.scored_by else []
     with working(
-        job.target, shards, job.description(), inputs=read, overwrite=overwrite, dry_run=dry_run
+        job.target,
+        shards,
+        "filter",
+        job.options(),
+        inputs=job.inputs(),
+        facts=weights,
+        overwrite=overwrite,
+        dry_run=dry_run,
     ) as survey:
+        if survey.ended is not None:
+            return Outcome(0, ended=survey.ended)
         survey.make(SAMPLES, examine, numbers, engine, progress, (job.plan,))
         if score is not None:
             survey.make(SCORES, score, numbers, Engine(), progress)
@@ -255,7 +280,17 @@ def run_filter(
             if job.scores_out is not None and kind is not None:
                 write_scores(survey, kind, job.scores_out)
             more = {} if verdicts.threshold is None else {"threshold": verdicts.threshold}
-            records = write_selection(survey, SAMPLES, verdicts, summary, job.target, engine, progress, more)
+            records = write_selection(
+                survey,
+                SAMPLES,
+                verdicts,
+                summary,
+                job.target,
+                engine,
+                progress,
+                more,
+                beside=[] if job.scores_out is None else [job.scores_out],
+            )
         return Outcome(len(shards), summary, verdicts.threshold, tuple(records))
 
 

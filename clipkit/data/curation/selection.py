@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.curation.survey import OnPart, Rows, Survey, job_description, key_of
+from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of
 from clipkit.data.curation.tables import (
     FORMATS,
     check_format,
@@ -25,8 +25,9 @@ from clipkit.data.curation.tables import (
     written_table,
 )
 from clipkit.data.engine import Engine
+from clipkit.data.fingerprints import path_input, shard_inputs
 from clipkit.data.finished import Finished, is_whole, storing
-from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, refuse_shards
+from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, refuse_source, shards_in
 from clipkit.data.shards import (
     ShardRecord,
     finish_train_shards,
@@ -78,22 +79,24 @@ class Target:
             for path in (*map(str, inputs), *(shard for shard in shards if not is_remote(shard))):
                 if os.path.realpath(path) == os.path.realpath(self.keys_out):
                     raise ConfigError(f"--keys-out {self.keys_out} is read by this job", "name another file")
-        refuse_source(self.out, shards)
-
-    def refuse_other(self) -> None:
-        """Raises ConfigError when the target holds what another job, or an earlier one, wrote."""
         if self.out is not None:
-            refuse_shards(self.out)
+            refuse_source([self.out], shards)
+
+    @property
+    def held(self) -> Iterator[Path]:
+        """What lies at the target, of whichever job."""
+        if self.out is not None:
+            yield from shards_in([self.out])
         if self.keys_out is not None and self.keys_out.exists():
-            raise ConfigError(f"--keys-out {self.keys_out} exists", "name another file, or pass --overwrite")
+            yield self.keys_out
 
     @property
     def folder(self) -> Path:
-        """The folder of the records while the job is under way."""
+        """The folder of the records."""
         if self.out is not None:
             return self.out
         assert self.keys_out is not None
-        return self.keys_out.with_name(self.keys_out.name + ".job")
+        return self.keys_out.with_name(f".{self.keys_out.name}.job")
 
     def beside(self, name: str) -> Path:
         """Returns the path of a further output: in the folder of the shards, or beside the list of keys."""
@@ -103,54 +106,41 @@ class Target:
         return self.keys_out.with_name(f"{self.keys_out.name}.{name}")
 
 
-def refuse_source(out: Path | None, shards: Sequence[str]) -> None:
-    """Raises ConfigError when shards are read from the folder that is written to."""
-    if out is None:
-        return
-    for shard in shards:
-        if is_remote(shard):
-            continue
-        # A linked shard lies in two folders, and writing to either would replace it.
-        folders = os.path.realpath(os.path.dirname(shard) or "."), os.path.dirname(os.path.realpath(shard))
-        if os.path.realpath(out) in folders:
-            raise ConfigError(f"--out {out} holds the shards that are read", "choose another folder")
-
-
 @contextmanager
 def working(
     target: Target,
     shards: Sequence[str],
-    description: tuple[str, Mapping[str, Any]],
+    job: str,
+    options: Mapping[str, Any],
     *,
     inputs: Sequence[Path] = (),
+    facts: Sequence[Sequence[Any]] = (),
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Iterator[Survey]:
     """Yields the survey of a job; its records lie at the target, those of a dry run in a temporary folder.
 
-    inputs: files that are read besides the shards. ConfigError when the target holds something else, or
-    cannot be written.
+    options: of the job, by their names on the command line. inputs: files and folders that are read besides
+    the shards; facts: [name, facts...] of what is no file. ConfigError when the target holds something else,
+    or cannot be written.
     """
-    name, options = description
     target.check(shards, inputs)
-    job = job_description(name, shards, dict(options))
+    both = None if target.out is None or target.keys_out is None else os.path.abspath(target.keys_out)
+    description = {
+        "job": job,
+        "options": json.loads(json.dumps({**options, "keys-out": both}, default=str)),
+        "inputs": [*shard_inputs(shards), *map(path_input, inputs), *facts],
+    }
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="clipkit-") as folder, storing(Path(folder), continues=False):
-            yield Survey(tuple(shards), Finished(Path(folder), job))
+            yield Survey(tuple(shards), Finished(Path(folder), description))
         return
-    work = Finished(target.folder, job)
-    if not overwrite and not work.begun:
-        target.refuse_other()
     if target.out is not None:
         refuse_foreign(target.out)
-    try:
-        work.place("begun").touch()
-    except OSError as error:
-        raise ConfigError(
-            f"{target.folder} cannot be written ({error.strerror})", "choose a folder you may write to"
-        ) from error
+    work = Finished(target.folder, description)
+    ended = work.begin(target.held, overwrite=overwrite)
     with storing(target.folder):
-        yield Survey(tuple(shards), work)
+        yield Survey(tuple(shards), work, ended)
 
 
 @dataclass(frozen=True)
@@ -199,33 +189,41 @@ def write_selection(
     engine: Engine,
     progress: OnPart | None = None,
     more: Mapping[str, Any] | None = None,
+    beside: Sequence[Path] = (),
 ) -> list[ShardRecord]:
     """Writes what the target asks for, the list of dropped samples and the summary with `more`, and ends the
     job. Returns the records of the shards. DataError when nothing is left.
+
+    beside: what the job has written already.
     """
     if not summary.samples:
-        _end(survey, target)
+        _withdraw(survey, target)
         raise DataError(
             f"no sample in {len(survey.shards):,} shard(s), first {survey.shards[0]}",
             "give shards that hold samples",
         )
+    outputs = [*beside, target.beside("dropped.jsonl"), target.beside("summary.json")]
     write_dropped(survey, kind, verdicts, target.beside("dropped.jsonl"))
     document = json.dumps({**summary.document(), **(more or {})}, indent=1, ensure_ascii=False)
     write_text(target.beside("summary.json"), document + "\n")
     if not summary.kept:
-        _end(survey, target)
+        _withdraw(survey, target)
         raise DataError(
             f"none of {summary.samples:,} samples is left",
             f"loosen the rules; {target.beside('dropped.jsonl')} names those that each sample breaks",
         )
     if target.keys_out is not None:
         write_keys(survey, kind, verdicts, target.keys_out)
-    records = [] if target.out is None else copy_kept(survey, verdicts, target.out, engine, progress)
-    _end(survey, target)
+        outputs.append(target.keys_out)
+    records = []
+    if target.out is not None:
+        records = copy_kept(survey, verdicts, target.out, engine, progress)
+        outputs += [target.out / name for name in (*SUMMARIES, *(record.name for record in records))]
+    survey.work.end(outputs, summary.kept)
     return records
 
 
-def _end(survey: Survey, target: Target) -> None:
+def _withdraw(survey: Survey, target: Target) -> None:
     survey.work.clear()
     if target.out is None:
         # What else lies there is not of this job, and keeps the folder.

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.engine import Engine
-from clipkit.data.fingerprints import fingerprints
-from clipkit.data.finished import Finished
+from clipkit.data.finished import Ended, Finished
 from clipkit.data.options import DEFAULT_STORAGE
 from clipkit.data.source import is_remote
 
@@ -28,10 +27,13 @@ class Survey:
 
     A kind is a structured array per shard, row i about its sample i, and further arrays by name. Those
     already made are read: a job that was interrupted continues, and several machines can make a part each.
+
+    ended: what is there already of a job that has ended, which then is all there is to say.
     """
 
     shards: tuple[str, ...]
     work: Finished
+    ended: Ended | None = None
 
     def make(
         self,
@@ -80,19 +82,6 @@ class Survey:
 
     def _path(self, kind: str, number: int, name: str) -> Path:
         return self.work.place(f"{kind}-{number:05d}-{name}.npy")
-
-
-def job_description(name: str, shards: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the outputs of a job depend on: its options, and size and stamp of every shard."""
-    facts = fingerprints(shards, DEFAULT_STORAGE)
-    return {
-        "job": name,
-        "shards": [
-            [shard if is_remote(shard) else os.path.abspath(shard), *fact]
-            for shard, fact in zip(shards, facts, strict=True)
-        ],
-        "options": options,
-    }
 
 
 def rows_of(keys: Sequence[str], **columns: Any) -> Rows:

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.engine import Engine
-from clipkit.data.finished import Finished
+from clipkit.data.finished import Ended, Finished, beginning, is_whole, storing
 from clipkit.data.indexing import RECORDS, Indexing, write_record
 from clipkit.data.making.collection import Collection, Entry, Images
 from clipkit.data.making.images import UNCHANGED, ImageRules
 from clipkit.data.making.made import Made
 from clipkit.data.making.samples import Layout, Tally, usable
 from clipkit.data.scan import scan_shard
-from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_shards
+from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, shards_in
 from clipkit.data.shards import (
     TEMPORARY,
     Progress,
@@ -40,12 +40,14 @@ from clipkit.data.shards import (
     write_members,
 )
 from clipkit.redaction import visible
-from clipkit.types import ClipkitError, ConfigError, DataError
+from clipkit.types import DataError
 
 _SURVEY_BLOCK = 1000
 _TAR_BLOCK = 512
-_BEGUN, _PLAN = "begun", "plan"
+_PLAN = "plan"
 _REJECTS = "rejects.jsonl"
+_TEMPLATES = "zeroshot_classification_templates.txt"
+_EVALUATION_TEXTS = ("classnames.txt", _TEMPLATES, "dataset_type.txt", "test/nshards.txt")
 # What a killed job can leave: the name of a file that it was writing, as `shards` makes them.
 _LEFT = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
 
@@ -83,7 +85,7 @@ class MakeJob:
         self.collection, self.out, self.making, self.layout = collection, out, making, layout
         self.templates = None if templates is None else [line.replace("{}", "{c}") for line in templates]
         self.folder = out if layout.train else out / "test"
-        self.job = {
+        self.job: dict[str, Any] = {
             "source": Path(collection.source).name,
             "kind": collection.kind,
             "rows": len(collection),
@@ -94,26 +96,49 @@ class MakeJob:
             "images": making.rules.description(),
             "clipkit": importlib.metadata.version("clipkit"),
         }
-        self.finished = Finished(self.folder, {**self.job, "at": _place(collection.images)})
+        self.finished = Finished(self.folder, self._description())
         self._bounds: list[int] | None = None
         self._new_folders: list[Path] = []
         self._replaced: dict[int, tuple[int, int] | None] = {}
 
-    def begin(self, overwrite: bool) -> None:
-        """Makes the folder, or continues there; ConfigError when it holds shards of something else."""
+    def _description(self) -> dict[str, Any]:
+        collection, reading = self.collection, self.collection.reading
+        names = collection.classnames if self.layout.num_classes is not None else None
+        return {
+            "job": "make-shards",
+            "options": {
+                "to": "train" if self.layout.train else "evaluation",
+                "from": collection.kind,
+                "images": _place(collection.images),
+                "image-key": reading.image_key,
+                "caption-key": reading.captions or None,
+                "keep": reading.keep or None,
+                "split": reading.splits or None,
+                "group": reading.group,
+                "samples-per-shard": self.making.samples_per_shard,
+                "shard-bytes": self.making.shard_bytes,
+                **{name.replace("_", "-"): value for name, value in vars(self.making.rules).items()},
+            },
+            "inputs": [
+                [Path(collection.source).name, len(collection), collection.listing.digest],
+                ["the class names", *(names or ())],
+                ["the templates", *(self.templates or ())],
+                ["the version of clipkit or Pillow", self.job["clipkit"], self.job["images"].get("pillow")],
+            ],
+        }
+
+    def begin(self, overwrite: bool) -> Ended | None:
+        """Makes the folder, or continues there; returns what is there already when the job has ended.
+
+        ConfigError when the folder holds shards of something else, or what another command made.
+        """
         self._new_folders = [folder for folder in (self.folder, self.out) if not folder.exists()]
-        try:
-            if self.finished.get(_BEGUN) is None:
-                if not overwrite:
-                    refuse_shards(self.folder)
-                begin_shards(self.folder)
-                self.finished.put(_BEGUN, {})
-            begin_shards(self.folder, *SUMMARIES, "nshards.txt")
-        except OSError as error:
-            raise ConfigError(
-                f"{self.folder}: cannot be written ({error.strerror})",
-                "choose a folder that you may write to",
-            ) from error
+        refuse_foreign(self.folder)
+        ended = self.finished.begin(shards_in([self.folder]), overwrite=overwrite)
+        if ended is None:
+            with beginning(self.folder):
+                begin_shards(self.folder, *SUMMARIES, "nshards.txt")
+        return ended
 
     def bounds(self, engine: Engine, progress: Progress | None = None) -> list[int]:
         """Returns the entry that each shard begins with, and the end."""
@@ -124,7 +149,7 @@ class MakeJob:
             else:
                 known = self.finished.get(_PLAN)
                 self._bounds = self._by_bytes(engine, progress) if known is None else known["bounds"]
-                if self.finished.get(_BEGUN) is not None:
+                if self.finished.begun:
                     self.finished.put(_PLAN, {"bounds": self._bounds})
         return self._bounds
 
@@ -180,22 +205,20 @@ class MakeJob:
         rows = bounds[wanted.stop] - bounds[wanted.start]
         try:
             # Closed before anything is removed: until then workers may still write.
-            with contextlib.closing(self._outcomes(engine, wanted, bounds, made)) as outcomes:
+            with (
+                storing(self.folder),
+                contextlib.closing(self._outcomes(engine, wanted, bounds, made)) as outcomes,
+            ):
                 for outcome in outcomes:
                     made.add(outcome)
                     if progress is not None:
                         progress(outcome["rows"])
                     made.refuse_too_many(self.collection.source, rows, self.making.max_reject_fraction)
-            if numbers is None:
-                self._finish(made, engine)
+                if numbers is None:
+                    self._finish(made, engine)
         except DataError:
             self._withdraw(wanted, whole=numbers is None)
             raise
-        except OSError as error:
-            raise ClipkitError(
-                f"{error.filename or self.folder}: {error.strerror or error}",
-                "make room or repair the storage, then start the same command again: it continues",
-            ) from error
         return made
 
     def _outcomes(
@@ -229,8 +252,7 @@ class MakeJob:
         outcome = self.finished.get(f"{number:05d}")
         if outcome is None or outcome["record"] is None:
             return None
-        path = self.folder / self._name(number)
-        whole = path.is_file() and path.stat().st_size == outcome["record"]["bytes"]
+        whole = is_whole(self.folder / self._name(number), outcome["record"]["bytes"])
         return outcome if whole else None
 
     def _name(self, number: int) -> str:
@@ -247,6 +269,7 @@ class MakeJob:
                 if _LEFT.search(left.name):
                     left.unlink(missing_ok=True)
         self._write_rejects(len(self._bounds or ()) - 1)
+        texts = SUMMARIES if self.layout.train else _EVALUATION_TEXTS
         if self.layout.train:
             finish_train_shards(self.out, made.records, self.job)
             paths = [os.path.abspath(self.folder / record.name) for record in made.records]
@@ -254,7 +277,11 @@ class MakeJob:
         else:
             names = self.collection.classnames if self.layout.num_classes is not None else None
             finish_evaluation_set(self.out, made.records, names, self.templates)
-        self.finished.clear()
+        shards = [self.folder / record.name for record in made.records]
+        # Sets for retrieval have no names of classes.
+        beside = [path for name in (*texts, _REJECTS) if (path := self.out / name).is_file()]
+        samples = sum(record.samples for record in made.records)
+        self.finished.end([*shards, *beside], samples, [vars(record) for record in made.records])
 
     def _write_rejects(self, shards: int) -> None:
         """Writes rejects.jsonl, one line per unusable row; empty when there is none."""
@@ -339,12 +366,11 @@ def make_shards(
 ) -> list[ShardRecord]:
     """Writes a collection as training shards with sizes.json, manifest.json, rejects.jsonl and the index.
 
-    Returns one record per shard. A run that was killed continues after its finished shards. ConfigError when
-    `out` holds other shards, DataError for too many unusable rows.
+    Returns one record per shard. A run that was killed continues after its finished shards, and one that has
+    ended makes nothing. ConfigError when `out` holds other shards, DataError for too many unusable rows.
     """
     job = MakeJob(collection, out, making or Making(), Layout())
-    job.begin(overwrite)
-    return job.run(engine or Engine(), progress).records
+    return _records(job, engine or Engine(), progress, overwrite)
 
 
 def make_evaluation_set(
@@ -364,5 +390,11 @@ def make_evaluation_set(
     names = collection.classnames
     layout = Layout(train=False, num_classes=None if names is None else len(names))
     job = MakeJob(collection, out, making or Making(max_reject_fraction=0.0), layout, templates)
-    job.begin(overwrite)
-    return job.run(engine or Engine(), progress).records
+    return _records(job, engine or Engine(), progress, overwrite)
+
+
+def _records(job: MakeJob, engine: Engine, progress: Progress | None, overwrite: bool) -> list[ShardRecord]:
+    ended = job.begin(overwrite)
+    if ended is None:
+        return job.run(engine, progress).records
+    return [ShardRecord(**record) for record in ended.result]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.data.engine import Engine
+from clipkit.data.finished import is_whole
 from clipkit.data.making import MakeJob, Making
 from clipkit.data.making.collection import collect
 from clipkit.data.making.samples import Layout
@@ -217,7 +218,7 @@ def read_record(folder: Path) -> Made | None:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         made = Made(folder, record["content"], tuple(record["fields"]), record["samples"], record["rejected"])
-        whole = all((folder / name).stat().st_size == size for name, size in record["shards"].items())
+        whole = all(is_whole(folder / name, size) for name, size in record["shards"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # made again: the same bytes
     return made if whole else None

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.fingerprints import fingerprints
+from clipkit.data.fingerprints import shard_inputs
 from clipkit.data.key_table import TableSpec
-from clipkit.data.options import DEFAULT_STORAGE
 from clipkit.data.query import Path as FieldPath
 from clipkit.data.query import Query, field_path
+from clipkit.data.shard_folder import refuse_source
 from clipkit.data.source import is_remote, plain_shards
 from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError
@@ -125,36 +125,28 @@ class Reshard:
                 )
         if self.subset_table is not None:
             self.subset_table.resolved()
-        self._check_folders()
-
-    def _check_folders(self) -> None:
-        taken = {os.path.realpath(folder) for folder in self.folders}
-        for shard in self.shards:
-            # A link counts where it lies and where it leads.
-            folders = {os.path.realpath(os.path.dirname(shard)), os.path.dirname(os.path.realpath(shard))}
-            if folders & taken:
-                raise ConfigError(
-                    f"--out {self.out} is where {shard} lies, which would be replaced",
-                    "choose another folder",
-                )
+        refuse_source(self.folders, self.shards)
 
     def description(self) -> dict[str, Any]:
         """Returns what the bytes of the output depend on, JSON-able."""
         tables = [path for path in (self.subset, self.fields) if path is not None]
-        files = [*self.shards, *map(str, tables)]
-        facts = fingerprints(files, DEFAULT_STORAGE)
-        options = {name: value for name, value in vars(self).items() if name in _OPTIONS}
+        options = {_OPTIONS[name]: value for name, value in vars(self).items() if name in _OPTIONS}
+        options["as"] = "txt" if self.as_text else "json"
+        for name, path in (("subset", self.subset), ("add-fields", self.fields)):
+            options[name] = path and os.path.abspath(path)
         return {
-            "job": "reshard 2",
-            "files": [[os.path.abspath(name), *fact] for name, fact in zip(files, facts, strict=True)],
-            **options,
+            "job": "reshard",
+            "options": options,
+            "inputs": shard_inputs([*self.shards, *map(str, tables)]),
         }
 
 
-_OPTIONS = (
-    "samples_per_shard", "shard_bytes", "seed", "where", "key", "columns", "match", "as_text", "split",
-    "group", "rekey",
-)  # fmt: skip
+# Fields that the bytes depend on, and their options.
+_OPTIONS = {
+    "samples_per_shard": "samples-per-shard", "shard_bytes": "shard-bytes", "seed": "shuffle-seed",
+    "where": "where", "key": "key", "columns": "columns", "match": "match", "as_text": "as",
+    "split": "split", "group": "group", "rekey": "rekey",
+}  # fmt: skip
 _PATHS = ("out", "subset", "fields")
 _JOB = "job.json"
 

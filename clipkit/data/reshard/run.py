@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from clipkit.data.engine import Engine
-from clipkit.data.finished import Finished
+from clipkit.data.finished import Ended, Finished, beginning, is_whole, storing
 from clipkit.data.indexing import build_index
 from clipkit.data.key_table import TableSpec, build_key_table
 from clipkit.data.reshard.job import Reshard, write_job
 from clipkit.data.reshard.plan import PLAN, Plan, make_plan, plan_of, remove_choices
 from clipkit.data.reshard.select import choices_path, choose, fields_stem, subset_stem
 from clipkit.data.reshard.write import write_output
-from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, refuse_shards
+from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, shards_in
 from clipkit.data.shards import ShardRecord, finish_train_shards
 from clipkit.data.uid_subset import UidSubset
-from clipkit.types import ClipkitError, ConfigError
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-_DONE = "done"
 # What a killed process had begun: under names of their own, so that nothing else replaces it.
 _LEFT = ("*.tar.tmp", "*.tar.*.tmp", "manifest.json.*tmp", "sizes.json.*tmp")
 
@@ -57,45 +55,31 @@ class Resharding:
         self._work = Finished(job.out, job.description())
 
     def __enter__(self) -> Resharding:
+        self._stack.enter_context(storing(self.job.out))
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._stack.close()
-        # A full disk, most of the time; a closed pipe is that of the terminal.
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise ClipkitError(
-                f"{error.filename or self.job.out}: {error.strerror or error}",
-                "make room or repair the storage, then start the same command again: it continues",
-            ) from error
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
-    def begin(self, overwrite: bool = False) -> bool:
-        """Makes the output folders; returns False when everything is there already.
+    def begin(self, overwrite: bool = False) -> Ended | None:
+        """Makes the output folders, or continues there; returns what is there when the job has ended.
 
         ConfigError when they hold shards of another job.
         """
-        if self._is_done():
-            self._clear()
-            return False
-        done = self._work.get(_DONE)
-        # Others may have put shards where a finished job lost some of its own.
-        if not overwrite and (self._holds_others(done) if done else not self._work.begun):
-            for folder in self.job.folders:
-                refuse_shards(folder)
         for folder in self.job.folders:
             refuse_foreign(folder)
-        if self.dry_run:
-            return True
-        try:
-            if done:
-                self._work.place(f"{_DONE}.json").unlink(missing_ok=True)
-            for folder in self.job.folders:
-                begin_shards(folder, *SUMMARIES)
-        except OSError as error:
-            raise ConfigError(
-                f"--out {error.filename} cannot be written ({error.strerror})",
-                "choose a folder that you may write to",
-            ) from error
-        return True
+        held = shards_in(self.job.folders)
+        ended = self._work.begin(held, overwrite=overwrite, take=not self.dry_run)
+        if ended is None and not self.dry_run:
+            with beginning(self.job.out):
+                for folder in self.job.folders:
+                    begin_shards(folder, *SUMMARIES)
+        return ended
 
     def plan(self) -> Plan:
         """Returns the plan: the one that an interrupted job left, or a new one from a walk."""
@@ -161,34 +145,21 @@ class Resharding:
             finish_train_shards(folder, records)
             build_index([str(folder / record.name) for record in records])
             written.append(Written(folder, tuple(records)))
-        self._work.put(_DONE, {"shards": [[vars(record) for record in each.records] for each in written]})
-        self._clear()
+        outputs = [
+            each.folder / name
+            for each in written
+            for name in (*SUMMARIES, *(record.name for record in each.records))
+        ]
+        self._work.end(outputs, sum(each.samples for each in written))
         return written
-
-    def _clear(self) -> None:
-        """Removes everything but the record that all is done."""
-        for path in self._work.place(_DONE).parent.iterdir():
-            if path.name != f"{_DONE}.json":
-                path.unlink()
-
-    def _is_done(self) -> bool:
-        done = self._work.get(_DONE)
-        return done is not None and all(
-            (folder / "manifest.json").is_file() and all(_is_there(folder, record) for record in records)
-            for folder, records in zip(self.job.folders, done["shards"], strict=True)
-        )
-
-    def _holds_others(self, done: dict[str, Any]) -> bool:
-        """Whether a folder holds a tar that is not, by name and size, what the finished job wrote."""
-        return any(
-            set(folder.glob("*.tar")) - {folder / each["name"] for each in records if _is_there(folder, each)}
-            for folder, records in zip(self.job.folders, done["shards"], strict=True)
-        )
 
     def _written(self, plan: Plan, number: int) -> dict[str, Any] | None:
         record = self._work.get(_output(number))
         folder = self.job.folders[plan.parts[number].side]
-        return record if record is not None and _is_there(folder, record["shard"]) else None
+        if record is None:
+            return None
+        shard = record["shard"]
+        return record if is_whole(folder / shard["name"], shard["bytes"]) else None
 
     def _tables(self, folder: Path) -> None:
         specs: list[tuple[TableSpec | None, Path, bool]] = [
@@ -218,10 +189,3 @@ class Resharding:
 
 def _output(number: int) -> str:
     return f"output-{number:06d}"
-
-
-def _is_there(folder: Path, record: dict[str, Any]) -> bool:
-    try:
-        return os.stat(folder / record["name"]).st_size == record["bytes"]
-    except OSError:
-        return False
