@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import hashlib
 import importlib
 import json
@@ -11,7 +9,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.query import value_text
-from clipkit.data.tables import read_columns, stream_rows, table_suffix
+from clipkit.data.tables import jsonable, read_columns, stream_rows, table_suffix
 from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError, DataError
 
@@ -241,7 +239,7 @@ def _rows(spec: TableSpec) -> Iterator[tuple[Any, ...]]:
             columns = [batch.column(name).to_pylist() for name in names]
             for key, *values in zip(*columns, strict=True):
                 empty = False
-                yield (value_text(key), *(_jsonable(value, spec.path) for value in values))
+                yield (value_text(jsonable(key)), *(jsonable(value) for value in values))
     if empty:
         raise DataError(f"{spec.path}: no rows", "give a table with a row per key")
 
@@ -273,20 +271,3 @@ class _parquet:
         return DataError(
             f"{self.path}: cannot be read ({' '.join(str(error).split())[:200]})", "write the Parquet again"
         )
-
-
-def _jsonable(value: Any, path: Path) -> Any:
-    """Returns a value of a Parquet column as JSON holds it: no NaN, times as text."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_jsonable(each, path) for each in value]
-    if isinstance(value, Mapping):
-        return {str(name): _jsonable(each, path) for name, each in value.items()}
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return _jsonable(float(value), path) if value.is_finite() else None
-    raise ConfigError(f"{path}: a column holds {type(value).__name__}, which JSON cannot", _CURE)

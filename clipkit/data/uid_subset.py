@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +51,9 @@ class UidSubset:
     def counts(self, uids: Sequence[str | None]) -> NDArray[np.int64]:
         """Returns how often each uid stands in the file, (len(uids),); 0 for what is no 32 hex digits."""
         found = np.zeros(len(uids), dtype=np.int64)
-        valid = [at for at, uid in enumerate(uids) if uid is not None and _UID.fullmatch(uid)]
-        wanted = np.array([_split(uids[at] or "") for at in valid], dtype=np.uint64).reshape(-1, 2)
+        halves = [uid_halves(uid) for uid in uids]
+        valid = [at for at, each in enumerate(halves) if each is not None]
+        wanted = np.array([halves[at] for at in valid], dtype=np.uint64).reshape(-1, 2)
         found[valid] = self._search(wanted, after_equal=True) - self._search(wanted, after_equal=False)
         return found
 
@@ -83,5 +85,8 @@ class UidSubset:
                 raise DataError(f"{self.path}: not sorted (entry {at} is smaller than the one before)", _SORT)
 
 
-def _split(uid: str) -> tuple[int, int]:
-    return int(uid[:16], 16), int(uid[16:], 16)
+def uid_halves(text: Any) -> tuple[int, int] | None:
+    """Returns the two 64-bit halves of a DataComp uid; None for what is not 32 hexadecimal digits."""
+    if not isinstance(text, str) or not _UID.fullmatch(text):
+        return None
+    return int(text[:16], 16), int(text[16:], 16)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.data.key_table import TableSpec, _jsonable, build_key_table
+from clipkit.data.key_table import TableSpec, build_key_table
+from clipkit.data.making.collection import Reading
+from clipkit.data.making.tables import read_table
+from clipkit.data.tables import jsonable
 from clipkit.types import ConfigError, DataError
 from tests.data.makers import write_tar
 from tests.data.test_reshard import numbers, read, run, sample, write_inputs
@@ -58,7 +61,23 @@ def test_numbers_that_json_cannot_hold_do_not_get_into_it(tmp_path: Path) -> Non
     (tmp_path / "t.csv").write_text("key,v,w\na,1e999,1e99\nb,2,2\n", encoding="utf-8")
     table = build_key_table(TableSpec(tmp_path / "t.csv"), tmp_path / "stem", True)
     assert table.find("a") == {"v": "1e999", "w": 1e99}
-    assert [_jsonable(Decimal(each), Path()) for each in ("1.5", "NaN", "1e999")] == [1.5, None, None]
+
+
+def test_a_decimal_column_holds_numbers_whichever_job_reads_it(tmp_path: Path) -> None:
+    given = ("1.50", "19.99", "12345678901234567890", "NaN", "-Infinity", "1e999")
+    numbers = [1.5, 19.99, 12345678901234567890, None, None, None]
+    assert [jsonable(Decimal(each)) for each in given] == numbers
+    with pytest.raises(ConfigError, match="bytes"):
+        jsonable([b"x"])
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    prices = pyarrow.array([Decimal("19.99"), None], pyarrow.decimal128(10, 2))
+    columns = {"key": ["a", "b"], "image": ["a.jpg", "b.jpg"], "caption": ["a", "b"], "price": prices}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    joined = build_key_table(TableSpec(tmp_path / "t.parquet", None, ("price",)), tmp_path / "stem", True)
+    made = read_table(tmp_path / "t.parquet", Reading(images=tmp_path, keep=("price",))).entries()
+    assert [joined.find(key) for key in "ab"] == [entry.fields for entry in made]
+    assert joined.find("a") == {"price": 19.99}
 
 
 def test_a_list_of_shards_and_keys_means_the_samples_of_those_shards(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import functools
 import importlib
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,8 @@ from clipkit.data.sample import (
     image_bytes,
     image_size,
 )
+from clipkit.data.uid_subset import uid_halves
 from clipkit.types import ConfigError, DataError
-
-_UID = re.compile("[0-9a-fA-F]{32}")
-
 
 DATACOMP = {"min_words": 3, "min_chars": 6, "min_side": 200, "max_aspect": 3.0}
 
@@ -235,10 +232,10 @@ def examine(shard: str, plan: Plan) -> dict[str, Rows]:
 
 def uid_at(sample: RawSample, field: str) -> tuple[int, int]:
     """Returns the two halves of a DataComp uid. DataError when the sample has none."""
-    value = _stated(sample, field)
-    if not isinstance(value, str) or not _UID.fullmatch(value):
+    halves = uid_halves(_stated(sample, field))
+    if halves is None:
         raise DataError(
             f"sample {sample.key!r}: {field} holds no uid of 32 hexadecimal digits",
             "name the field with --uid-field, or write the keys as .csv or .parquet",
         )
-    return int(value[:16], 16), int(value[16:], 16)
+    return halves
