@@ -145,7 +145,7 @@ class Reshard:
         facts = fingerprints(files, DEFAULT_STORAGE)
         options = {name: value for name, value in vars(self).items() if name in _OPTIONS}
         return {
-            "job": "reshard 2",
+            "job": "reshard 3",
             "files": [[os.path.abspath(name), *fact] for name, fact in zip(files, facts, strict=True)],
             **options,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -168,7 +169,9 @@ class Resharding:
     def _clear(self) -> None:
         """Removes everything but the record that all is done."""
         for path in self._work.place(_DONE).parent.iterdir():
-            if path.name != f"{_DONE}.json":
+            if path.is_dir():
+                shutil.rmtree(path)  # of a process that was killed while it sorted
+            elif path.name != f"{_DONE}.json":
                 path.unlink()
 
     def _is_done(self) -> bool:

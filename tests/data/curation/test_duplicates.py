@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.data.buckets import Buckets
 from clipkit.data.curation.duplicates import Deduplication, Evaluation, Likeness, run_dedup
-from clipkit.data.curation.groups import Buckets, Components, repeated, similar_pairs, similar_to
+from clipkit.data.curation.groups import Components, repeated, similar_pairs, similar_to
 from clipkit.data.curation.hashes import EXACT, exact_digest, perceptual_hash
 from clipkit.data.curation.selection import Target
 from clipkit.data.curation.similar import join_similar, similar_rows
