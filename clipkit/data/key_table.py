@@ -126,6 +126,12 @@ class KeyTable:
             row[name] = (json.loads(value) if value else None) if numeric else value
         return row
 
+    def first_keys(self, rows: NDArray[np.int64], most: int) -> list[tuple[int, str]]:
+        """Returns place and text of the keys of these rows, the first `most` as the table has them."""
+        begins = np.asarray(self._places["begin"][rows])
+        order = np.argpartition(begins, most)[:most] if len(rows) > most else np.arange(len(rows))
+        return sorted((int(begins[at]), self._row(int(rows[at]))[0].replace("\n", ", ")) for at in order)
+
     def _row(self, at: int) -> list[Any]:
         return _read_row(self._rows, self._places[at])
 

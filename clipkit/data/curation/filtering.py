@@ -238,7 +238,13 @@ def run_filter(
     entries = None if job.plan.entries is None else job.plan.entries.path
     read = [path for path in (job.score_table, entries) if path is not None]
     with working(
-        job.target, shards, job.description(), inputs=read, overwrite=overwrite, dry_run=dry_run
+        job.target,
+        shards,
+        job.description(),
+        inputs=read,
+        scores_out=job.scores_out,
+        overwrite=overwrite,
+        dry_run=dry_run,
     ) as survey:
         survey.make(SAMPLES, examine, numbers, engine, progress, (job.plan,))
         if score is not None:

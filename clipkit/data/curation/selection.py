@@ -61,10 +61,12 @@ class Target:
     out: Path | None
     keys_out: Path | None
 
-    def check(self, shards: Sequence[str], inputs: Sequence[Path] = ()) -> None:
+    def check(
+        self, shards: Sequence[str], inputs: Sequence[Path] = (), scores_out: Path | None = None
+    ) -> None:
         """Raises ConfigError for targets that are missing, unknown, or the source itself.
 
-        inputs: other files that the job reads.
+        inputs: other files that the job reads; scores_out: a further file that it writes.
         """
         if self.out is None and self.keys_out is None:
             raise ConfigError(
@@ -74,17 +76,21 @@ class Target:
             check_format(self.keys_out, FORMATS, "--keys-out")
             if self.keys_out.is_dir():
                 raise ConfigError(f"--keys-out {self.keys_out} is a folder", "name a file")
+        for option, output in (("--keys-out", self.keys_out), ("--scores-out", scores_out)):
+            if output is None:
+                continue
             for path in (*map(str, inputs), *(shard for shard in shards if not is_remote(shard))):
-                if os.path.realpath(path) == os.path.realpath(self.keys_out):
-                    raise ConfigError(f"--keys-out {self.keys_out} is read by this job", "name another file")
+                if os.path.realpath(path) == os.path.realpath(output):
+                    raise ConfigError(f"{option} {output} is read by this job", "name another file")
         refuse_source(self.out, shards)
 
-    def refuse_other(self) -> None:
-        """Raises ConfigError when the target holds what another job, or an earlier one, wrote."""
+    def refuse_other(self, scores_out: Path | None = None) -> None:
+        """Raises ConfigError when an output holds what another job, or an earlier one, wrote."""
         if self.out is not None:
             refuse_shards(self.out)
-        if self.keys_out is not None and self.keys_out.exists():
-            raise ConfigError(f"--keys-out {self.keys_out} exists", "name another file, or pass --overwrite")
+        for option, output in (("--keys-out", self.keys_out), ("--scores-out", scores_out)):
+            if output is not None and output.exists():
+                raise ConfigError(f"{option} {output} exists", "name another file, or pass --overwrite")
 
     @property
     def folder(self) -> Path:
@@ -122,16 +128,17 @@ def working(
     description: tuple[str, Mapping[str, Any]],
     *,
     inputs: Sequence[Path] = (),
+    scores_out: Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Iterator[Survey]:
     """Yields the survey of a job; its records lie at the target, those of a dry run in a temporary folder.
 
-    inputs: files that are read besides the shards. ConfigError when the target holds something else, or
-    cannot be written.
+    inputs: files that are read besides the shards; scores_out: one that is written besides the target.
+    ConfigError when an output holds something else, or cannot be written.
     """
     name, options = description
-    target.check(shards, inputs)
+    target.check(shards, inputs, scores_out)
     job = job_description(name, shards, dict(options))
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="clipkit-") as folder, storing(Path(folder), continues=False):
@@ -139,7 +146,7 @@ def working(
         return
     work = Finished(target.folder, job)
     if not overwrite and not work.begun:
-        target.refuse_other()
+        target.refuse_other(scores_out)
     if target.out is not None:
         refuse_foreign(target.out)
     try:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from clipkit.data.key_table import KeyTable
 from clipkit.data.order import hash_key, permuted
 from clipkit.data.reshard.job import SIDES, Reshard, read_job
-from clipkit.data.reshard.select import ROW, Rows, choices_path, subset_stem
+from clipkit.data.reshard.named import Keyed, found_path, without_sample
+from clipkit.data.reshard.select import FIELDS, ROW, SUBSET, Rows, choices_path, fields_stem, subset_stem
 from clipkit.data.tar_index import replacing
+from clipkit.data.uid_subset import UidSubset
 from clipkit.types import DataError
 
 _BLOCK = 1 << 18  # rows in memory at a time
@@ -42,13 +44,14 @@ class Plan:
     """What every output shard holds. The arrays lie in files of `folder` and are mapped.
 
     cuts     per side, the positions where its shards begin, and its number of samples
-    counts   what was counted while the input was walked
+    counts   what was counted while the input was walked; examples: the first keys of those that are keys
     """
 
     folder: Path
     job: Reshard
     cuts: tuple[tuple[int, ...], ...]
     counts: dict[str, int]
+    examples: dict[str, tuple[str, ...]]
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -93,7 +96,8 @@ def read_plan(folder: Path) -> Plan:
 
 def plan_of(job: Reshard, folder: Path, record: Mapping[str, Any]) -> Plan:
     """Returns the plan that a record describes."""
-    return Plan(folder, job, tuple(map(tuple, record["cuts"])), record["counts"])
+    examples = {name: tuple(keys) for name, keys in record["examples"].items()}
+    return Plan(folder, job, tuple(map(tuple, record["cuts"])), record["counts"], examples)
 
 
 def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> Plan:
@@ -104,11 +108,7 @@ def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> P
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)
-    if job.fields is not None and not total["with a row in the table"]:
-        raise DataError(
-            f"{job.fields}: no key of it is that of a sample ({total['without a row in the table']:,} tried)",
-            "name its key column with --key, and the field of the samples it means with --match",
-        )
+    examples = _count_unnamed(job, folder, len(counts), total)
     if job.group is not None and 0 < total["kept"] == total["without a group"]:
         raise DataError(
             f"none of {total['kept']:,} samples has {job.group}",
@@ -127,9 +127,37 @@ def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> P
     total["keys used more than once"] = 0 if job.rekey else repeated
     if by_key:
         total["keys of the subset that several samples have"] = repeated
-    plan = Plan(folder, job, tuple((0, length) for length in lengths), dict(total))
+    plan = Plan(folder, job, tuple((0, length) for length in lengths), dict(total), examples)
     cuts = tuple(tuple(_cuts(plan, side, length)) for side, length in enumerate(lengths))
-    return Plan(folder, job, cuts, dict(total))
+    return Plan(folder, job, cuts, dict(total), examples)
+
+
+def _count_unnamed(
+    job: Reshard, folder: Path, inputs: int, total: Counter[str]
+) -> dict[str, tuple[str, ...]]:
+    """Counts the keys of lists and tables that name no sample; returns the first of them by what they are
+    counted as. DataError where none of them names one.
+    """
+    given: list[tuple[str, Path, Keyed, str]] = []
+    if job.subset is not None:
+        keys = UidSubset(job.subset) if job.uids else KeyTable(subset_stem(folder))
+        given.append((SUBSET, job.subset, keys, "keys of the subset that name no sample"))
+    if job.fields is not None:
+        of = " of the subset" if job.subset_table is not None else ""
+        given.append(
+            (FIELDS, job.fields, KeyTable(fields_stem(folder)), f"keys of the table that name no sample{of}")
+        )
+    examples = {}
+    for kind, path, table, name in given:
+        found = (found_path(folder, kind, number) for number in range(inputs))
+        total[name], examples[name] = without_sample(table, found)
+        if total[name] == len(table) and total["samples read"]:
+            raise DataError(
+                f"{path}: no key of it is that of a sample (first: {', '.join(examples[name])}; "
+                f"{total['samples read']:,} samples)",
+                "name its key column with --key, and the field of the samples it means with --match",
+            )
+    return examples
 
 
 def _chosen_by_key(job: Reshard, folder: Path) -> bool:
@@ -139,9 +167,11 @@ def _chosen_by_key(job: Reshard, folder: Path) -> bool:
 
 
 def remove_choices(folder: Path, inputs: int) -> None:
-    """Removes the choices that a recorded plan was made from."""
+    """Removes the choices that a recorded plan was made from, and what was found."""
     for number in range(inputs):
         choices_path(folder, number).unlink(missing_ok=True)
+        for kind in (SUBSET, FIELDS):
+            found_path(folder, kind, number).unlink(missing_ok=True)
 
 
 def _gather(job: Reshard, folder: Path, inputs: int) -> list[int]:

@@ -110,7 +110,7 @@ class Resharding:
             self._tables(folder)
             try:
                 plan = make_plan(self.job, folder, self._walk(folder))
-                record = {"cuts": plan.cuts, "counts": plan.counts}
+                record = {"cuts": plan.cuts, "counts": plan.counts, "examples": plan.examples}
                 work.put(PLAN, record)
             except FileNotFoundError:
                 # Another machine that shares the job made the same plan meanwhile, and cleaned up.
@@ -199,7 +199,7 @@ class Resharding:
             (self.job.fields_table, fields_stem(folder), True),
         ]
         if self.job.uids and self.job.subset is not None:
-            UidSubset(self.job.subset)  # refused now, not by every worker
+            UidSubset(self.job.subset).check_sorted()  # once, not by every worker
         for spec, stem, unique in specs:
             if spec is not None:
                 build_key_table(spec, stem, unique, lambda rows: self.progress("table rows", rows, rows))

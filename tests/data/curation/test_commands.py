@@ -177,6 +177,22 @@ def test_scores_of_a_field_decide_by_the_published_rule(
     assert keys(tmp_path / "b") == wanted
 
 
+def test_scores_of_another_job_are_not_replaced(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "s.csv"
+    scores.write_text("of hours of work")
+    by_field = ("--clip-score", "json.score", "--min", 0.3, "--scores-out", scores)
+    assert run("filter", pool, "--out", tmp_path / "a", *by_field) == 2
+    assert f"--scores-out {scores} exists" in capsys.readouterr().err
+    assert scores.read_text() == "of hours of work"
+    assert not (tmp_path / "a").exists()
+    assert run("filter", pool, "--out", tmp_path / "a", *by_field, "--overwrite") == 0
+    by_table = ("--clip-score", scores, "--min", 0.3, "--scores-out", scores)
+    assert run("filter", pool, "--out", tmp_path / "b", *by_table, "--overwrite") == 2
+    assert "is read by this job" in capsys.readouterr().err
+
+
 def test_tables_are_parquet_where_the_name_says_so(pool: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     scores, kept = tmp_path / "scores.parquet", tmp_path / "kept.parquet"
