@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from clipkit.data.key_table import KeyTable
 from clipkit.data.order import hash_key, permuted
+from clipkit.data.preflight import fields_in, nearest_field
+from clipkit.data.query import Seen
 from clipkit.data.reshard.job import SIDES, Reshard, read_job
 from clipkit.data.reshard.named import Keyed, found_path, without_sample
 from clipkit.data.reshard.select import FIELDS, ROW, SUBSET, Rows, choices_path, fields_stem, subset_stem
@@ -26,6 +28,8 @@ from clipkit.types import DataError
 _BLOCK = 1 << 18  # rows in memory at a time
 _HASHES = 1 << 23  # hashes sorted at a time: 64 MB
 PLAN = "plan"
+_NOWHERE = "where: fields that no sample has"
+_UNFIT = "where: comparisons that no values fitted"
 _CURE = "correct what chooses samples; of a split, give larger shares or smaller groups"
 
 
@@ -44,7 +48,7 @@ class Plan:
     """What every output shard holds. The arrays lie in files of `folder` and are mapped.
 
     cuts     per side, the positions where its shards begin, and its number of samples
-    counts   what was counted while the input was walked; examples: the first keys of those that are keys
+    counts   what was counted while the input was walked; examples: the first of what has a name
     """
 
     folder: Path
@@ -100,24 +104,29 @@ def plan_of(job: Reshard, folder: Path, record: Mapping[str, Any]) -> Plan:
     return Plan(folder, job, tuple(map(tuple, record["cuts"])), record["counts"], examples)
 
 
-def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> Plan:
-    """Returns the plan, from the choices of all input shards, which lie in `folder` and are removed.
-
-    Raises DataError when a side would be empty.
+def make_plan(job: Reshard, folder: Path, walked: Sequence[dict[str, dict[str, Any]]]) -> Plan:
+    """Returns the plan, from the choices of all input shards, which lie in `folder`; walked: of each shard
+    what `choose` returned. Raises DataError when a side would be empty.
     """
     total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    examples = _count_unnamed(job, folder, len(counts), total)
+    seen = Seen()
+    for each in walked:
+        total.update(each["counts"])
+        seen.add(Seen(**each["seen"]))
+    examples = _count_unnamed(job, folder, len(walked), total)
+    for name, parts in ((_NOWHERE, seen.fields), (_UNFIT, seen.comparisons)):
+        examples[name] = tuple(part for part, known in parts.items() if not known)
+        total[name] = len(examples[name])
     if job.group is not None and 0 < total["kept"] == total["without a group"]:
         raise DataError(
             f"none of {total['kept']:,} samples has {job.group}",
             "name the field with --group, as json.NAME; leave it out to split sample by sample",
         )
-    lengths = _gather(job, folder, len(counts))
+    lengths = _gather(job, folder, len(walked))
     for name, length in zip(SIDES, lengths, strict=False):
         if not length:
-            raise DataError(_nothing_left(total, name if job.split else ""), _CURE)
+            cure = _cure(job, examples) if not total["kept"] else _CURE
+            raise DataError(_nothing_left(total, name if job.split else "", examples), cure)
     repeated = 0
     with replacing(_repeated_path(folder)) as out:
         by_key = _chosen_by_key(job, folder)
@@ -235,9 +244,21 @@ def _repeated_path(folder: Path) -> Path:
     return folder / "repeated"
 
 
-def _nothing_left(counts: Counter[str], side: str) -> str:
+def _cure(job: Reshard, examples: Mapping[str, tuple[str, ...]]) -> str:
+    """What to do when no sample is left."""
+    if nowhere := examples[_NOWHERE]:
+        table = job.fields_table
+        joined = () if table is None or job.as_text else table.resolved().columns or ()
+        near = nearest_field(nowhere[0], {*fields_in(job.shards), *(f"json.{name}" for name in joined)})
+        return f"did you mean {near}?" if near else f"name fields that there are in --where, not {nowhere[0]}"
+    if examples[_UNFIT]:
+        return "compare numbers with numbers and text with text in --where: 7 is a number, '7' is text"
+    return _CURE
+
+
+def _nothing_left(counts: Counter[str], side: str, examples: Mapping[str, tuple[str, ...]]) -> str:
     reasons = ", ".join(
-        f"{count:,} {name}"
+        f"{count:,} {name}" + (f": {'; '.join(examples[name])}" if examples.get(name) else "")
         for name, count in sorted(counts.items())
         if count and name not in ("samples read", "kept")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ def choices_path(folder: Path, number: int) -> Path:
     return folder / f"choices-{number:06d}.npy"
 
 
-def choose(folder: Path, number: int) -> dict[str, int]:
-    """Walks input shard `number` of the job in `folder` and keeps its choices (CHOICE) there; returns counts.
+def choose(folder: Path, number: int) -> dict[str, dict[str, Any]]:
+    """Walks input shard `number` of the job in `folder` and keeps its choices (CHOICE) there.
 
-    Raises DataError for any damage.
+    Returns {"counts": what was counted, "seen": what the condition met, as a dict}. Raises DataError for any
+    damage.
     """
     chooser = _chooser(folder)
     shard = chooser.job.shards[number]
@@ -50,7 +52,7 @@ def choose(folder: Path, number: int) -> dict[str, int]:
         write_found(found_path(folder, kind, number), each)
     with replacing(choices_path(folder, number)) as out:
         np.save(out, rows, allow_pickle=False)
-    return dict(counts)
+    return {"counts": dict(counts), "seen": {} if chooser.query is None else asdict(chooser.query.seen)}
 
 
 @lru_cache(1)
@@ -81,6 +83,7 @@ class _Chooser:
     def walk(self, number: int, descriptor: int) -> tuple[Rows, Counter[str], dict[str, Rows]]:
         """Returns the choices, what was counted, and by kind the rows of lists and tables that were found."""
         self._found = {SUBSET: [], FIELDS: []}
+        self.query = self.job.query  # of this shard alone: what it has seen is returned
         status = os.fstat(descriptor)
         labels = self._labels(number)
         walk = ShardWalk(
