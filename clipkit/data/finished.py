@@ -18,6 +18,7 @@ from clipkit.data.tar_index import replacing
 from clipkit.types import ClipkitError
 
 FOLDER = ".clipkit-job"
+BEGUN = "begun"
 
 
 class Finished:
@@ -61,6 +62,11 @@ class Finished:
         # Not under one temporary name: machines that share a job may write the same record.
         with replacing(self.place(f"{name}.json")) as out:
             out.write(json.dumps(record, ensure_ascii=False).encode())
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is kept of this job or of another one."""
+        return not any(path.is_file() and path.name != BEGUN for path in self._all.rglob("*"))
 
     def clear(self) -> None:
         """Removes all records, once the job as a whole is finished."""

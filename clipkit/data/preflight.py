@@ -111,7 +111,7 @@ class Look:
         """Counts one sample."""
         held, texts = _names(sample)
         # The names above are those of the usual places; a path may also lead deeper, or into a list.
-        held |= {name for name in (*wanted.fields, *_fields(wanted)) if _reads(sample, name)}
+        held |= {name for name in (*wanted.fields, *_fields(wanted)) if holds_field(sample, name)}
         self.samples += 1
         self.complete += not wanted.lacking(frozenset(held))
         self.present.update(held)
@@ -317,7 +317,8 @@ def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _reads(sample: RawSample, name: str) -> bool:
+def holds_field(sample: RawSample, name: str) -> bool:
+    """Returns whether something stands at a field: no null, no blank text, no empty list."""
     try:
         return _holds(field_value(sample, name))
     except Absent:

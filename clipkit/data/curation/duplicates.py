@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from clipkit.data.curation.evaluation import Evaluation, samples_of
 from clipkit.data.curation.groups import Components, Numbers, repeated, similar_pairs, similar_to
-from clipkit.data.curation.hashes import PHASH, fingerprint_shard, perceptual_hash
+from clipkit.data.curation.hashes import PHASH, fingerprint_shard
 from clipkit.data.curation.selection import (
     UNUSABLE,
     Summary,
@@ -39,63 +40,17 @@ from clipkit.data.curation.similar import (
 from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of
 from clipkit.data.curation.tables import shard_labels, written_lines
 from clipkit.data.engine import Engine
+from clipkit.data.fingerprints import fingerprints
+from clipkit.data.options import DEFAULT_STORAGE
 from clipkit.data.shards import ShardRecord
-from clipkit.data.source import plain_shards
+from clipkit.data.source import is_remote, plain_shards
 from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError
 
 MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
 HASHES, VECTORS = "hashes", "vectors"
+OTHER_HASHES, OTHER_VECTORS = "other-hashes", "other-vectors"
 EMBEDDING, EVALUATION = "embedding", "evaluation"
-
-
-class Pictures(Protocol):
-    """A sequence of pictures with names, as evaluation sets hold them; picklable."""
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str:
-        """Returns how a message calls picture `index`."""
-        ...
-
-    def load(self, index: int) -> Image.Image:
-        """Returns the decoded picture."""
-        ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Pictures that must not be trained on.
-
-    names    one per picture; hashes uint64 and `hashed`, which of the pictures have one
-    vectors  unit vectors float32 (E, D), None without a model
-    """
-
-    names: tuple[str, ...]
-    hashes: NDArray[np.uint64]
-    hashed: NDArray[np.bool_]
-    vectors: NDArray[np.float32] | None = None
-
-
-def hash_pictures(pictures: Pictures, start: int, stop: int) -> list[int | None]:
-    """Returns the perceptual hashes of pictures start..stop; raises DataError for an unreadable one."""
-    return [perceptual_hash(pictures.load(index)) for index in range(start, stop)]
-
-
-def evaluation_of(
-    sets: Sequence[Pictures], engine: Engine, vectors: Sequence[NDArray[np.float32]] | None = None
-) -> Evaluation:
-    """Returns the pictures of all sets with their hashes, and with `vectors`, one array (E, D) per set."""
-    step = 256
-    parts = (
-        (pictures, start, min(start + step, len(pictures)))
-        for pictures in sets
-        for start in range(0, len(pictures), step)
-    )
-    found = [value for part in engine.map(hash_pictures, parts) for value in part]
-    names = tuple(pictures.name(index) for pictures in sets for index in range(len(pictures)))
-    hashed = np.array([value is not None for value in found], dtype=np.bool_)
-    hashes = np.array([value or 0 for value in found], dtype=np.uint64)
-    return Evaluation(names, hashes, hashed, None if vectors is None else np.concatenate(vectors))
 
 
 @dataclass(frozen=True)
@@ -260,7 +215,7 @@ class DuplicateVerdicts:
                         pairs.setdefault((sample, other), {})[name] = value
                 count += len(pairs)
                 for (sample, other), by in pairs.items():
-                    write({**self._named(sample), "image": evaluation.names[other], **by})
+                    write({**self._named(sample), "image": evaluation.name(other), **by})
         return count
 
     def _named(self, sample: int) -> dict[str, str]:
@@ -291,6 +246,7 @@ class Deduplication:
     caption         field of the caption of the kinds caption and pair
     embeddings      a .npy file with one row per sample; embedded_by: identity of the model that computes them
     evaluation_sets what the evaluation sets are, for the description of the job
+    against         shards whose samples are removed as well
     """
 
     likeness: Likeness
@@ -300,6 +256,7 @@ class Deduplication:
     embeddings: Path | None = None
     embedded_by: tuple[str | int, ...] = ()
     evaluation_sets: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
     uid_field: str | None = None
 
     def check(self) -> None:
@@ -320,12 +277,13 @@ class Deduplication:
                 )
             if EMBEDDING in self.within:
                 usearch_index()
-        if self.evaluation_sets and not (likeness.phash or self.embedded_by):
+        against = bool(self.evaluation_sets or self.against)
+        if against and not (likeness.phash or self.embedded_by):
             raise ConfigError(
                 "evaluation pictures cannot be compared with embeddings from a file",
                 "add --by phash, or give --embeddings a MODEL",
             )
-        if not self.evaluation_sets and not self.within:
+        if not against and not self.within:
             raise ConfigError("nothing to compare with", "pass --by KIND, --against DATA, or both")
 
     def description(self) -> tuple[str, dict[str, Any]]:
@@ -334,6 +292,10 @@ class Deduplication:
         if self.embeddings is not None:
             found = self.embeddings.stat().st_mtime_ns if self.embeddings.exists() else 0
             values["embeddings"] = [str(self.embeddings), found]
+        values["against"] = [
+            [name, *fact]
+            for name, fact in zip(self.against, fingerprints(self.against, DEFAULT_STORAGE), strict=True)
+        ]
         return "dedup", json.loads(json.dumps(values, default=str))
 
 
@@ -341,13 +303,14 @@ class Deduplication:
 class Outcome:
     """What a deduplication did. summary: None when only a part of the shards was examined.
 
-    matches: pairs of a sample and an evaluation picture; largest: samples of the largest group of near
-    duplicates, by kind.
+    matches: pairs of a sample and an evaluation picture; unusable: samples of `against` that were not
+    compared; largest: samples of the largest group of near duplicates, by kind.
     """
 
     examined: int
     summary: Summary | None = None
     matches: int = 0
+    unusable: int = 0
     largest: Mapping[str, int] = field(default_factory=dict)
     records: tuple[ShardRecord, ...] = ()
 
@@ -374,10 +337,20 @@ def run_dedup(
     shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
     likeness = job.likeness
+    both = sorted(set(map(_place, shards)) & set(map(_place, job.against)))
+    if both:
+        raise ConfigError(f"{both[0]} is among the shards and in --against", "give shards of another set")
     read = [] if job.embeddings is None else [job.embeddings]
     with working(
         job.target, shards, job.description(), inputs=read, overwrite=overwrite, dry_run=dry_run
     ) as survey:
+        held_out = None
+        if len(numbers) == len(shards):
+            # First: what cannot be read is refused before hours of work.
+            held_out = None if evaluation is None else evaluation()
+            if job.against:
+                others = _survey_others(job, survey, engine, embed, progress)
+                held_out = others if held_out is None else held_out.joined(others)
         kinds = (likeness.hashes, job.caption, job.uid_field)
         survey.make(HASHES, fingerprint_shard, numbers, engine, progress, kinds)
         if embed is not None:
@@ -385,16 +358,33 @@ def run_dedup(
         if len(numbers) < len(shards):
             return Outcome(len(numbers))
         verdicts = DuplicateVerdicts(
-            survey,
-            likeness,
-            within=job.within,
-            evaluation=None if evaluation is None else evaluation(),
-            embeddings=job.embeddings,
+            survey, likeness, within=job.within, evaluation=held_out, embeddings=job.embeddings
         )
         summary = summarize(survey, HASHES, verdicts)
         records: list[ShardRecord] = []
         if not dry_run:
-            if evaluation is not None:
+            if held_out is not None:
                 verdicts.copy_matches(job.target.beside("evaluation_matches.jsonl"))
             records = write_selection(survey, HASHES, verdicts, summary, job.target, engine, progress)
-        return Outcome(len(shards), summary, verdicts.matches, verdicts.largest, tuple(records))
+        unusable = 0 if held_out is None else held_out.unusable
+        return Outcome(len(shards), summary, verdicts.matches, unusable, verdicts.largest, tuple(records))
+
+
+def _place(shard: str) -> str:
+    return shard if is_remote(shard) else os.path.realpath(shard)
+
+
+def _survey_others(
+    job: Deduplication,
+    survey: Survey,
+    engine: Engine,
+    embed: Callable[[str], dict[str, Rows]] | None,
+    progress: OnPart | None,
+) -> Evaluation:
+    """The samples of `job.against`; what is known of them lies with the rest, so that the job continues."""
+    others = Survey(job.against, survey.work)
+    numbers = range(len(job.against))
+    others.make(OTHER_HASHES, fingerprint_shard, numbers, engine, progress, ((PHASH,), job.caption))
+    if embed is not None:
+        others.make(OTHER_VECTORS, embed, numbers, Engine(), progress)
+    return samples_of(others, OTHER_HASHES, None if embed is None else OTHER_VECTORS)

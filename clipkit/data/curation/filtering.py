@@ -31,6 +31,7 @@ from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of, rows_of
 from clipkit.data.curation.tables import FORMATS, check_format, read_scores, shard_labels, written_table
 from clipkit.data.curation.thresholds import top_threshold
 from clipkit.data.engine import Engine
+from clipkit.data.preflight import fields_in, nearest_field
 from clipkit.data.shards import ShardRecord
 from clipkit.data.source import plain_shards
 from clipkit.types import ConfigError, DataError
@@ -202,7 +203,7 @@ class Filtering:
                 raise ConfigError(
                     f"{self.score_table}: {error.strerror or error}", "give a table written with --scores-out"
                 ) from error
-        return "filter", json.loads(json.dumps(values, default=str))
+        return "filter 2", json.loads(json.dumps(values, default=str))
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ def run_filter(
             survey.make(SCORES, score, numbers, Engine(), progress)
         if len(numbers) < len(shards):
             return Outcome(len(numbers))
+        _refuse_nowhere(survey, job.plan)
         if job.score_table is not None:
             survey_table(survey, job.score_table)
         kind = job.score_kind
@@ -263,6 +265,23 @@ def run_filter(
             more = {} if verdicts.threshold is None else {"threshold": verdicts.threshold}
             records = write_selection(survey, SAMPLES, verdicts, summary, job.target, engine, progress, more)
         return Outcome(len(shards), summary, verdicts.threshold, tuple(records))
+
+
+def _refuse_nowhere(survey: Survey, plan: Plan) -> None:
+    """Raises DataError for a field that decides and that no sample of any shard holds."""
+    samples = int(survey.counts(SAMPLES).sum())
+    for at, name in enumerate(plan.reads):
+        if not samples or not all(survey.rows(SAMPLES, n, "absent")[at] for n in range(len(survey.shards))):
+            continue
+        survey.work.clear()  # of no use to the command with another field
+        found = fields_in(survey.shards)
+        near = nearest_field(name, found)
+        raise DataError(
+            f"none of {samples:,} samples holds anything at {name}",
+            f"did you mean {near}?"
+            if near
+            else f"name a field that there is: {', '.join(sorted(found)[:12])}",
+        )
 
 
 def survey_table(survey: Survey, path: Path) -> None:

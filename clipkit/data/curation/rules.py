@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from clipkit.data.curation.balancing import Entries
 from clipkit.data.curation.survey import Rows, read_samples, rows_of
 from clipkit.data.key_table import text_hash
+from clipkit.data.preflight import holds_field
 from clipkit.data.sample import (
     Absent,
     RawSample,
@@ -181,16 +182,32 @@ class Plan:
     entries: Entries | None = None
     uid_field: str | None = None
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that decide, each of which some sample must hold."""
+        basic = self.basic
+        by_text = (basic.min_words, basic.min_chars, basic.language_model, self.entries)
+        stated = basic.language is not None and basic.language_model is None
+        fields = (
+            self.caption if any(rule is not None for rule in by_text) else None,
+            basic.language_field if stated else None,
+            self.score_field,
+        )
+        return tuple(dict.fromkeys(field for field in fields if field is not None))
+
 
 def examine(shard: str, plan: Plan) -> dict[str, Rows]:
     """Returns the rows of one shard: key, `failed` (bits), `reason` why a sample cannot be used, `score`,
-    `draw` (hash of the key), `entries` (how many were found), `uid`; and flat as `entries` their numbers.
+    `draw` (hash of the key), `entries` (how many were found), `uid`; flat as `entries` their numbers; and as
+    `absent` which of `plan.reads` no sample holds.
     """
+    absent = set(plan.reads)
     keys: list[str] = []
     failed, reasons, scores, draws, counts = [], [], [], [], []
     found: list[NDArray[np.int32]] = []
     uids = []
     for sample in read_samples(shard):
+        absent -= {field for field in absent if holds_field(sample, field)}
         bits, reason, score, uid = 0, "", math.nan, (0, 0)
         matched = np.zeros(0, np.int32)
         try:
@@ -220,12 +237,14 @@ def examine(shard: str, plan: Plan) -> dict[str, Rows]:
         columns["score"] = np.array(scores, np.float64)
     if plan.uid_field is not None:
         columns["uid"] = np.array(uids, np.uint64).reshape(-1, 2)
+    nowhere = np.array([field in absent for field in plan.reads], np.bool_)
     if plan.entries is None:
-        return {"samples": rows_of(keys, **columns)}
+        return {"samples": rows_of(keys, **columns), "absent": nowhere}
     columns["draw"] = np.array(draws, np.uint64)
     columns["entries"] = np.array(counts, np.int32)
     return {
         "samples": rows_of(keys, **columns),
+        "absent": nowhere,
         "entries": np.concatenate(found) if found else np.zeros(0, np.int32),
     }
 

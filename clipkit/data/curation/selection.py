@@ -25,7 +25,7 @@ from clipkit.data.curation.tables import (
     written_table,
 )
 from clipkit.data.engine import Engine
-from clipkit.data.finished import Finished, is_whole, storing
+from clipkit.data.finished import BEGUN, Finished, is_whole, storing
 from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, refuse_shards
 from clipkit.data.shards import (
     ShardRecord,
@@ -149,14 +149,24 @@ def working(
         target.refuse_other(scores_out)
     if target.out is not None:
         refuse_foreign(target.out)
+    there = target.folder.exists()
     try:
-        work.place("begun").touch()
+        work.place(BEGUN).touch()
     except OSError as error:
         raise ConfigError(
             f"{target.folder} cannot be written ({error.strerror})", "choose a folder you may write to"
         ) from error
-    with storing(target.folder):
-        yield Survey(tuple(shards), work)
+    try:
+        with storing(target.folder):
+            yield Survey(tuple(shards), work)
+    except BaseException:
+        # What was refused before anything was made leaves no folder behind.
+        if work.empty:
+            work.clear()
+            if not there:
+                with suppress(OSError):  # what else lies there keeps it
+                    target.folder.rmdir()
+        raise
 
 
 @dataclass(frozen=True)
@@ -220,9 +230,16 @@ def write_selection(
     write_text(target.beside("summary.json"), document + "\n")
     if not summary.kept:
         _end(survey, target)
+        dropped = target.beside("dropped.jsonl")
+        if summary.rules[UNUSABLE][0] == summary.samples:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.reasons.items())
+            raise DataError(
+                f"none of {summary.samples:,} samples can be used ({reasons})",
+                f"bring back what they lack, or name another --caption; {dropped} lists them",
+            )
         raise DataError(
             f"none of {summary.samples:,} samples is left",
-            f"loosen the rules; {target.beside('dropped.jsonl')} names those that each sample breaks",
+            f"loosen the rules; {dropped} names those that each sample breaks",
         )
     if target.keys_out is not None:
         write_keys(survey, kind, verdicts, target.keys_out)

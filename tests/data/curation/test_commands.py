@@ -308,6 +308,33 @@ def test_evaluation_images_are_found_and_removed(planted: Path, tmp_path: Path) 
     assert keys(tmp_path / "both") == [n for n in range(12) if n not in (4, 7, 9, 10)]
 
 
+def test_samples_of_other_shards_are_found_and_removed(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    resized = encoded(photo(4).resize((50, 80)), "JPEG", quality=70)
+    write_tar(trained / "0.tar", [sample(100, "x", resized), sample(101, "y", encoded(photo(77), "PNG"))])
+    write_tar(
+        trained / "1.tar", [sample(102, "z", b"no picture"), sample(103, "z", encoded(photo(7), "PNG"))]
+    )
+    (tmp_path / "set" / "cup").mkdir(parents=True)
+    photo(5).save(tmp_path / "set" / "cup" / "x.png")
+    against = ("--against", trained, "--against", tmp_path / "set")
+    assert run("dedup", planted, "--out", tmp_path / "out", *against, "--workers", 2) == 0
+    assert "1 samples of --against cannot be decoded" in capsys.readouterr().out
+    assert keys(tmp_path / "out") == [n for n in range(12) if n not in (4, 5, 7)]
+    matches = lines(tmp_path / "out" / "evaluation_matches.jsonl")
+    names = {int(line["key"]): line["image"].rpartition("/set/")[2] for line in matches}
+    assert names == {4: "0.tar/000100", 5: "cup/x.png", 7: "1.tar/000103"}
+    some = ("--against", trained / "1.tar")
+    assert run("dedup", planted, "--out", tmp_path / "some", *some) == 0
+    assert keys(tmp_path / "some") == [n for n in range(12) if n != 7]
+    assert run("dedup", planted, "--out", tmp_path / "self", "--against", planted) == 2
+    assert "is among the shards and in --against" in capsys.readouterr().err
+    assert not (tmp_path / "self").exists()
+
+
 def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path) -> None:
     pytest.importorskip("usearch")
     vectors = np.eye(12, 16, dtype=np.float32)
@@ -331,7 +358,11 @@ BAD: list[tuple[list[str], int, str]] = [
     (["filter", "POOL", "--out", "OUT", "--min", "0.3"], 2, "need scores"),
     (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--min", "1", "--top", "0.1"], 2, "exclude"),
     (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--top", "1.5"], 2, "not within"),
-    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.no", "--top", "0.5"], 3, "no sample has"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.no", "--top", "0.5"], 3, "anything at json.no"),
+    (["filter", "POOL", "--out", "OUT", "--basic", "--caption", "json.text"], 3, "anything at json.text"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.scor", "--min", "0.1"], 3, "mean json.score?"),
+    (["filter", "POOL", "--out", "OUT", "--language", "en"], 3, "anything at json.language"),
+    (["dedup", "POOL", "--out", "OUT", "--by", "caption", "--caption", "json.c"], 3, "55 missing caption"),
     (["filter", "POOL", "--out", "OUT", "--clip-score", "none.csv", "--top", "0.5"], 2, "none.csv"),
     (["filter", "POOL", "--out", "OUT", "--clip-score", "no/model", "--top", "0.5"], 2, "no/model"),
     (["filter", "POOL", "--out", "OUT", "--balance", "none.txt"], 2, "none.txt"),
@@ -375,6 +406,23 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     if captured.startswith("error:"):
         assert len(captured.splitlines()) == 2
     assert not list(Path(names["OUT"]).glob("*.tar"))
+
+
+def test_what_is_refused_leaves_nothing_behind(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "readme.md").write_text("no images")
+    write_tar(tmp_path / "broken.tar", [])
+    (tmp_path / "broken.tar").write_bytes((pool / "000.tar").read_bytes()[:5000])
+    for arguments in (
+        ["dedup", pool, "--against", tmp_path / "text"],
+        ["dedup", pool, "--against", tmp_path / "broken.tar"],
+        ["filter", pool, "--basic", "--caption", "json.nope"],
+        ["filter", tmp_path / "broken.tar", "--basic"],
+    ):
+        assert run(*arguments, "--out", tmp_path / "out") in (2, 3)
+        assert not (tmp_path / "out").exists(), arguments
+        assert run(*arguments, "--keys-out", tmp_path / "keys.csv") in (2, 3)
+        assert not list(tmp_path.glob("keys*")), arguments
 
 
 def test_the_programs_run_and_load_no_torch(pool: Path, tmp_path: Path) -> None:
