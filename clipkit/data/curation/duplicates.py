@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError
 
 MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
+_TOGETHER = 1 << 20  # samples, about
 HASHES, VECTORS = "hashes", "vectors"
 OTHER_HASHES, OTHER_VECTORS = "other-hashes", "other-vectors"
 EMBEDDING, EVALUATION = "embedding", "evaluation"
@@ -187,24 +189,30 @@ class DuplicateVerdicts:
             )
             yield places + self._starts[number], unit[places]
 
+    def _batches(self) -> list[list[int]]:
+        """Shards that are compared together: each comparison sorts all that it is made with."""
+        changes = np.flatnonzero(np.diff(self._starts[:-1] // _TOGETHER)) + 1
+        return [batch.tolist() for batch in np.split(np.arange(len(self._survey.shards)), changes)]
+
     def _mark_evaluation(self, evaluation: Evaluation) -> int:
         """Marks what is in an evaluation set and writes every matching pair; returns their number."""
         likeness = self._likeness
         pictures = np.flatnonzero(evaluation.hashed)
         count = 0
         found: list[tuple[Numbers, Numbers, str, list[float]]]
-        vectors = self.vectors() if likeness.cosine is not None else None
+        vectors = iter(()) if evaluation.vectors is None else self.vectors()
         with written_lines(self._evaluation_file) as write:
-            for number in range(len(self._survey.shards)):
+            for batch in self._batches():
                 found = []
                 if likeness.phash:
-                    numbers, hashes = self._hashed(number)
+                    parts = [self._hashed(number) for number in batch]
+                    numbers, hashes = (np.concatenate(each) for each in zip(*parts, strict=True))
                     mine, theirs = similar_to(hashes, evaluation.hashes[pictures], likeness.distance)
                     bits = np.bitwise_count(hashes[mine] ^ evaluation.hashes[pictures[theirs]])
                     found.append((numbers[mine], pictures[theirs], "distance", bits.tolist()))
-                if vectors is not None and likeness.cosine is not None:
+                for numbers, own in islice(vectors, len(batch)):
                     assert evaluation.vectors is not None
-                    numbers, own = next(vectors)
+                    assert likeness.cosine is not None
                     mine, theirs, cosines = similar_rows(own, evaluation.vectors, likeness.cosine)
                     found.append((numbers[mine], theirs, "cosine", cosines.tolist()))
                 # A pair may match by both: it is one pair, and one line.

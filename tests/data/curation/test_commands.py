@@ -18,7 +18,7 @@ from PIL import Image
 
 from clipkit.cli.app import main
 from clipkit.data import hard_captions
-from clipkit.data.curation import selection
+from clipkit.data.curation import duplicates, selection
 from tests.data.curation.test_rules import datacomp_threshold, published_matches
 from tests.data.makers import Members, encoded, png, write_tar
 
@@ -309,7 +309,7 @@ def test_evaluation_images_are_found_and_removed(planted: Path, tmp_path: Path) 
 
 
 def test_samples_of_other_shards_are_found_and_removed(
-    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = tmp_path / "trained"
     trained.mkdir()
@@ -327,6 +327,9 @@ def test_samples_of_other_shards_are_found_and_removed(
     matches = lines(tmp_path / "out" / "evaluation_matches.jsonl")
     names = {int(line["key"]): line["image"].rpartition("/set/")[2] for line in matches}
     assert names == {4: "0.tar/000100", 5: "cup/x.png", 7: "1.tar/000103"}
+    monkeypatch.setattr(duplicates, "_TOGETHER", 1)  # shard by shard
+    assert run("dedup", planted, "--out", tmp_path / "again", *against) == 0
+    assert lines(tmp_path / "again" / "evaluation_matches.jsonl") == matches
     some = ("--against", trained / "1.tar")
     assert run("dedup", planted, "--out", tmp_path / "some", *some) == 0
     assert keys(tmp_path / "some") == [n for n in range(12) if n != 7]
@@ -345,6 +348,11 @@ def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path
     assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", *given) == 0
     with (tmp_path / "k.csv").open(newline="") as stream:
         assert [int(row["key"]) for row in csv.DictReader(stream)] == [n for n in range(12) if n != 7]
+    # Embeddings of a file are of the set alone: pictures of others are compared by phash.
+    (tmp_path / "set" / "cup").mkdir(parents=True)
+    photo(3).save(tmp_path / "set" / "cup" / "x.png")
+    assert run("dedup", planted, "--out", tmp_path / "out", *given, "--against", tmp_path / "set") == 0
+    assert keys(tmp_path / "out") == [n for n in range(12) if n not in (3, 7, 11)]
     np.save(tmp_path / "v.npy", vectors[:5])
     assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", "--overwrite", *given) == 3
 
