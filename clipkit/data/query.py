@@ -47,7 +47,7 @@ _UNFIT = (TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionErro
 class Seen:
     """What became of the parts of a condition, over all samples that it was asked about.
 
-    fields       name of a field -> whether a sample had it
+    fields       name of a field that was looked up -> whether a sample had it
     comparisons  text of a comparison, or of another operation -> whether its values ever fitted it: numbers
                  with numbers, text with text
     """

@@ -528,7 +528,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
         (["{in}", "--out", "{tmp}/o", "--split", "0.5/0.5", "--group", "shop"], 2, "no field"),
         (["{in}", "--out", "{tmp}/o", "--where", "width > 3"], 2, "did you mean json.width"),
         (["{in}", "--out", "{tmp}/o", "--where", "json.width > 9999"], 3, "no sample is left of 50"),
-        (["{in}", "--out", "{tmp}/o", "--where", "json.widht > 1"], 3, "that no sample has: json.widht"),
+        (["{in}", "--out", "{tmp}/o", "--where", "json.widht > 1"], 3, "never found: json.widht"),
         (["{in}", "--out", "{tmp}/o", "--where", "json.widht > 1"], 3, "did you mean json.width?"),
         (["{in}", "--out", "{tmp}/o", "--where", "json.clop > 1", "--add-fields", "{tmp}/c.csv"], 3, "clip?"),
         (["{in}", "--out", "{tmp}/o", "--where", "json.width > '9'"], 3, "fitted: json.width > '9'"),

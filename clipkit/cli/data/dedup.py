@@ -112,7 +112,7 @@ def dedup(
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Remove duplicates, keeping the first of each group, and what evaluation sets hold.
+    """Remove duplicates, keeping the first of each group, and what other shards or evaluation sets hold.
 
     image: equal bytes. pixels: equal pictures. caption, pair: equal text, or both. phash: pictures that look
     alike after re-encoding or resizing; it does not see crops of a tenth, mirrored or edited ones. embedding:

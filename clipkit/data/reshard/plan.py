@@ -28,7 +28,7 @@ from clipkit.types import DataError
 _BLOCK = 1 << 18  # rows in memory at a time
 _HASHES = 1 << 23  # hashes sorted at a time: 64 MB
 PLAN = "plan"
-_NOWHERE = "where: fields that no sample has"
+_NOWHERE = "where: fields that were looked up and never found"
 _UNFIT = "where: comparisons that no values fitted"
 _CURE = "correct what chooses samples; of a split, give larger shares or smaller groups"
 
