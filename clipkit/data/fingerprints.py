@@ -63,7 +63,7 @@ def fingerprints(shards: Sequence[str], storage: Storage) -> list[Fingerprint]:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError(
             f"{len(problems)} of {len(shards)} shards cannot be read: {first}{more}",
-            "correct data.train or bring the shards back",
+            "correct the list of shards, or bring them back",
         )
     return [found[shard] for shard in shards]
 

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Finished:
         self._folder = folder
         self._all = folder / FOLDER
         self._own = self._all / self.digest
+        self._made_folder = False
 
     def begin(
         self, held: Iterable[Path], *, overwrite: bool = False, take: bool = True, cure: str = OVERWRITE
@@ -94,6 +95,7 @@ class Finished:
         elif not overwrite and not self.begun:
             self._refuse_other(held, cure)
         if take:
+            self._made_folder = not self._folder.exists()
             with beginning(self._folder):
                 if done is not None:
                     shutil.rmtree(self._own, ignore_errors=True)
@@ -137,9 +139,17 @@ class Finished:
         with replacing(self.place(f"{name}.json")) as out:
             out.write(json.dumps(record, ensure_ascii=False).encode())
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is kept of this job or of another one."""
+        return not any(path.is_file() and path.name != _DESCRIPTION for path in self._all.rglob("*"))
+
     def clear(self) -> None:
-        """Removes all records: what the job wrote is withdrawn, or nothing is to be known of it."""
+        """Removes all records, and the folder if the job made it and nothing else lies there."""
         shutil.rmtree(self._all, ignore_errors=True)
+        if self._made_folder:
+            with suppress(OSError):  # what else lies there keeps it
+                self._folder.rmdir()
 
     def _done(self) -> dict[str, Any] | None:
         done = _read(self._all / _DONE)

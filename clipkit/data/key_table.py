@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import hashlib
 import importlib
 import json
 import math
 import os
 import re
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.data.buckets import Buckets
 from clipkit.data.query import value_text
-from clipkit.data.tables import read_columns, stream_rows, table_suffix
+from clipkit.data.tables import jsonable, read_columns, stream_rows, table_suffix
 from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError, DataError
 
@@ -29,10 +28,14 @@ SHARD_COLUMN = "shard"
 _PARQUET = (".parquet", ".pq")
 _TEXT = (".csv", ".tsv", ".tab")
 _BATCH = 4096
+_BLOCK = 1 << 18  # rows in memory at a time
+_BUCKET_BYTES = 32 << 20  # of entries that are sorted at a time
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?")
 _CURE = "choose columns with --columns and the key column with --key"
 
-Entry = NDArray[np.uint64]
+HASH = np.dtype("<u8")
+PLACE = np.dtype([("begin", "<i8"), ("size", "<u4")])
+ENTRY = np.dtype([("hash", HASH), ("begin", "<i8"), ("size", "<u4")])
 
 
 def text_hash(text: str) -> int:
@@ -82,9 +85,10 @@ class TableSpec(NamedTuple):
 
 
 class KeyTable:
-    """Rows of a table by key, in three files named `stem`; only what is asked for is read.
+    """Rows of a table by key, in files named `stem`; only what is asked for is read. A key has one row.
 
-    A key costs 20 bytes of disk, mapped, besides its row. Picklable: files open on first use.
+    A key costs 20 bytes of disk, mapped and so shared by all processes, besides its row. Picklable: files
+    open on first use.
     """
 
     def __init__(self, stem: Path) -> None:
@@ -96,30 +100,40 @@ class KeyTable:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        """Returns the row of a key as {column: value}, None when there is none."""
+    def locate(self, key: str) -> int | None:
+        """Returns the number of a key among all, by their hashes; None when it is not there."""
         wanted = np.uint64(text_hash(key))
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self._hashes) and self._hashes[at] == wanted:
-            found, *values = self._row(at)
-            if found == key:
-                return self._typed(values)
+            if self._row(at)[0] == key:
+                return at
             at += 1
         return None
 
+    def find(self, key: str) -> dict[str, Any] | None:
+        """Returns the row of a key as {column: value}, None when there is none."""
+        at = self.locate(key)
+        return None if at is None else self.row(at)
+
     def __contains__(self, key: str) -> bool:
-        return self.find(key) is not None
+        return self.locate(key) is not None
 
-    def _row(self, at: int) -> list[Any]:
-        begin, size = int(self._places["begin"][at]), int(self._places["size"][at])
-        row: list[Any] = json.loads(os.pread(self._rows, size, begin))
-        return row
-
-    def _typed(self, values: Sequence[Any]) -> dict[str, Any]:
+    def row(self, at: int) -> dict[str, Any]:
+        """Returns row number `at` as {column: value}."""
         row = {}
+        _, *values = self._row(at)
         for name, numeric, value in zip(self._facts["columns"], self._facts["numeric"], values, strict=True):
             row[name] = (json.loads(value) if value else None) if numeric else value
         return row
+
+    def first_keys(self, rows: NDArray[np.int64], most: int) -> list[tuple[int, str]]:
+        """Returns place and text of the keys of these rows, the first `most` as the table has them."""
+        begins = np.asarray(self._places["begin"][rows])
+        order = np.argpartition(begins, most)[:most] if len(rows) > most else np.arange(len(rows))
+        return sorted((int(begins[at]), self._row(int(rows[at]))[0].replace("\n", ", ")) for at in order)
+
+    def _row(self, at: int) -> list[Any]:
+        return _read_row(self._rows, self._places[at])
 
     @property
     def by_shard(self) -> bool:
@@ -132,12 +146,12 @@ class KeyTable:
         return facts
 
     @cached_property
-    def _hashes(self) -> Entry:
-        return np.load(_part(self.stem, "hashes.npy"), mmap_mode="r", allow_pickle=False)
+    def _hashes(self) -> NDArray[np.uint64]:
+        return np.memmap(_part(self.stem, "hashes"), HASH, mode="r")
 
     @cached_property
     def _places(self) -> NDArray[Any]:
-        return np.load(_part(self.stem, "places.npy"), mmap_mode="r", allow_pickle=False)
+        return np.memmap(_part(self.stem, "places"), PLACE, mode="r")
 
     @cached_property
     def _rows(self) -> int:
@@ -154,16 +168,31 @@ def build_key_table(
     """Writes the files of a key table and returns it; those that are there already are kept.
 
     Numbers of a CSV, of columns that hold nothing else, become numbers. unique: a key on two rows is a
-    DataError; without it the rows of a key stand together. `on_rows` gets the number of rows read.
+    DataError; without it the first one counts. `on_rows` gets the number of rows read. Memory does not grow
+    with the table: what is sorted lies in files.
     """
-    table = KeyTable(stem)
     if _part(stem, "json").is_file():
-        return table
+        return KeyTable(stem)
     spec = spec.resolved()
-    columns = spec.columns or ()
-    hashes, begins, sizes = array("Q"), array("q"), array("I")
-    numeric = [_suffix(spec.path) in _TEXT] * len(columns)
-    with replacing(_part(stem, "rows")) as out:
+    # In a folder of its own: machines that share a job may be here at once.
+    with tempfile.TemporaryDirectory(prefix=f"{stem.name}-", dir=stem.parent) as folder:
+        unsorted = Path(folder) / "entries"
+        numeric = _write_rows(spec, stem, unsorted, on_rows)
+        _write_sorted(spec, stem, unsorted, unique)
+    facts = {"columns": spec.columns, "numeric": numeric, "by_shard": spec.by_shard}
+    with replacing(_part(stem, "json")) as out:
+        out.write(json.dumps(facts).encode())
+    return KeyTable(stem)
+
+
+def _write_rows(
+    spec: TableSpec, stem: Path, unsorted: Path, on_rows: Callable[[int], None] | None
+) -> list[bool]:
+    """Writes the rows, and an ENTRY of each in their order; returns which columns hold numbers."""
+    numeric = [_suffix(spec.path) in _TEXT] * len(spec.columns or ())
+    entries: list[tuple[int, int, int]] = []
+    count = 0
+    with replacing(_part(stem, "rows")) as out, unsorted.open("wb") as known:
         for key, *values in _rows(spec):
             if spec.by_shard:
                 key = shard_key(value_text(values.pop(0)), key)
@@ -172,41 +201,67 @@ def build_key_table(
                 if numeric[at] and value and not _is_number(value):
                     numeric[at] = False
             line = json.dumps([key, *values], ensure_ascii=True).encode() + b"\n"
-            hashes.append(text_hash(key))
-            begins.append(out.tell())
-            sizes.append(len(line))
+            entries.append((text_hash(key), out.tell(), len(line)))
             out.write(line)
-            if on_rows is not None and len(hashes) % _BATCH == 0:
-                on_rows(len(hashes))
-    _save(stem, hashes, begins, sizes)
-    if unique:
-        _refuse_repeated(table, spec)
-    with replacing(_part(stem, "json")) as out:
-        out.write(json.dumps({"columns": columns, "numeric": numeric, "by_shard": spec.by_shard}).encode())
-    return table
+            if len(entries) == _BATCH:
+                known.write(np.array(entries, ENTRY).tobytes())
+                count += len(entries)
+                entries.clear()
+                if on_rows is not None:
+                    on_rows(count)
+        known.write(np.array(entries, ENTRY).tobytes())
+    return numeric
+
+
+def _write_sorted(spec: TableSpec, stem: Path, unsorted: Path, unique: bool) -> None:
+    """Writes hashes and places by hash, the first row of every key; DataError for a later one if `unique`."""
+    count = unsorted.stat().st_size // ENTRY.itemsize
+    with (
+        Buckets(unsorted.parent, ENTRY, count, _BUCKET_BYTES) as buckets,
+        unsorted.open("rb") as known,
+        _part(stem, "rows").open("rb") as rows,
+        replacing(_part(stem, "hashes")) as hashes,
+        replacing(_part(stem, "places")) as places,
+    ):
+        while len(entries := np.fromfile(known, ENTRY, _BLOCK)):
+            buckets.add(entries["hash"], entries)
+        for entries in buckets:
+            # Stable: rows of one key in the order of the table.
+            entries = entries[np.argsort(entries["hash"], kind="stable")]
+            repeated = []
+            for at, key in _repeated(entries, rows.fileno()):
+                if unique:
+                    raise DataError(
+                        f"{spec.path}: the key {key!r} stands on two rows", "leave one row per key"
+                    )
+                repeated.append(at)
+            entries = np.delete(entries, repeated)
+            hashes.write(entries["hash"].astype(HASH).tobytes())
+            places.write(entries[list(PLACE.names or ())].astype(PLACE).tobytes())
+
+
+def _repeated(entries: NDArray[Any], rows: int) -> Iterator[tuple[int, str]]:
+    """Yields the places of sorted entries whose key stands before them, and the key."""
+    seen: set[str] = set()
+    last = -1
+    for at in (np.flatnonzero(entries["hash"][1:] == entries["hash"][:-1]) + 1).tolist():
+        if at - 1 != last:
+            seen = {_read_row(rows, entries[at - 1])[0]}
+        last = at
+        key = _read_row(rows, entries[at])[0]
+        if key in seen:
+            yield at, key
+        seen.add(key)
+
+
+def _read_row(rows: int, place: Any) -> list[Any]:
+    row: list[Any] = json.loads(os.pread(rows, int(place["size"]), int(place["begin"])))
+    return row
 
 
 def _is_number(text: str) -> bool:
     """Whether a cell is a number that JSON can hold: 1e999 would become Infinity."""
     return _NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
-
-
-def _save(stem: Path, hashes: array[int], begins: array[int], sizes: array[int]) -> None:
-    order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
-    places = np.empty(len(order), dtype=[("begin", "<i8"), ("size", "<u4")])
-    places["begin"] = np.frombuffer(begins, np.int64)[order]
-    places["size"] = np.frombuffer(sizes, np.uint32)[order]
-    for name, values in (("hashes.npy", np.frombuffer(hashes, np.uint64)[order]), ("places.npy", places)):
-        with replacing(_part(stem, name)) as out:
-            np.save(out, values, allow_pickle=False)
-
-
-def _refuse_repeated(table: KeyTable, spec: TableSpec) -> None:
-    same = np.flatnonzero(table._hashes[1:] == table._hashes[:-1])
-    for at in same.tolist():
-        key = table._row(at)[0]
-        if key == table._row(at + 1)[0]:
-            raise DataError(f"{spec.path}: the key {key!r} stands on two rows", "leave one row per key")
 
 
 def _part(stem: Path, name: str) -> Path:
@@ -241,7 +296,7 @@ def _rows(spec: TableSpec) -> Iterator[tuple[Any, ...]]:
             columns = [batch.column(name).to_pylist() for name in names]
             for key, *values in zip(*columns, strict=True):
                 empty = False
-                yield (value_text(key), *(_jsonable(value, spec.path) for value in values))
+                yield (value_text(jsonable(key)), *(jsonable(value) for value in values))
     if empty:
         raise DataError(f"{spec.path}: no rows", "give a table with a row per key")
 
@@ -273,20 +328,3 @@ class _parquet:
         return DataError(
             f"{self.path}: cannot be read ({' '.join(str(error).split())[:200]})", "write the Parquet again"
         )
-
-
-def _jsonable(value: Any, path: Path) -> Any:
-    """Returns a value of a Parquet column as JSON holds it: no NaN, times as text."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_jsonable(each, path) for each in value]
-    if isinstance(value, Mapping):
-        return {str(name): _jsonable(each, path) for name, each in value.items()}
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return _jsonable(float(value), path) if value.is_finite() else None
-    raise ConfigError(f"{path}: a column holds {type(value).__name__}, which JSON cannot", _CURE)

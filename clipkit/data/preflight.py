@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -109,7 +109,7 @@ class Look:
         """Counts one sample."""
         held, texts = _names(sample)
         # The names above are those of the usual places; a path may also lead deeper, or into a list.
-        held |= {name for name in (*wanted.fields, *_fields(wanted)) if _reads(sample, name)}
+        held |= {name for name in (*wanted.fields, *_fields(wanted)) if holds_field(sample, name)}
         self.samples += 1
         self.complete += not wanted.lacking(frozenset(held))
         self.present.update(held)
@@ -153,7 +153,7 @@ def check(found: Look, wanted: Wanted, key: str = "data.train.0") -> None:
         return
     for name, reader in _absences(found, wanted):
         cure = f"fields that hold text: {', '.join(sorted(found.texts)) or 'none'}"
-        near = _nearest(name, found)
+        near = nearest_field(name, found.texts)
         if name == "image":
             cure = f"images are members called {', '.join(IMAGE_EXTENSIONS)}: write the shards again"
         elif reader == "captions":
@@ -210,8 +210,14 @@ def _absences(found: Look, wanted: Wanted) -> Iterator[tuple[str, str]]:
     yield from ((name, reader) for name, reader in wanted.fields.items() if not found.present[name])
 
 
-def _nearest(name: str, found: Look) -> str | None:
-    known = sorted(found.texts)
+def fields_in(shards: Sequence[str], storage: Storage = DEFAULT_STORAGE) -> set[str]:
+    """Returns the names, as in Look, of what some first samples hold; for messages."""
+    return set(_look(shards, Wanted(image=False, captions=()), storage, *_FIRST).present)
+
+
+def nearest_field(name: str, names: Iterable[str]) -> str | None:
+    """Returns the one of `names` that `name` may mean, None when none is like it."""
+    known = sorted(names)
     # "json.caption" for "caption" too: the last part of a path is what people remember.
     short = {path.rpartition(".")[2]: path for path in reversed(known)}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -299,7 +305,8 @@ def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _reads(sample: RawSample, name: str) -> bool:
+def holds_field(sample: RawSample, name: str) -> bool:
+    """Returns whether something stands at a field: no null, no blank text, no empty list."""
     try:
         return _holds(field_value(sample, name))
     except Absent:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import ast
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from clipkit.data.sample import MAX_CAPTION_BYTES, MAX_JSON_BYTES
@@ -41,15 +43,35 @@ _FUNCTIONS: dict[str, Callable[[Any], Any]] = {"len": len, "lower": lambda text:
 _UNFIT = (TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
 
 
+@dataclass
+class Seen:
+    """What became of the parts of a condition, over all samples that it was asked about.
+
+    fields       name of a field that was looked up -> whether a sample had it
+    comparisons  text of a comparison, or of another operation -> whether its values ever fitted it: numbers
+                 with numbers, text with text
+    """
+
+    fields: dict[str, bool] = field(default_factory=dict)
+    comparisons: dict[str, bool] = field(default_factory=dict)
+
+    def add(self, other: Seen) -> None:
+        """Adds what other samples showed."""
+        for mine, theirs in ((self.fields, other.fields), (self.comparisons, other.comparisons)):
+            for name, known in theirs.items():
+                mine[name] = mine.get(name, False) or known
+
+
 class Query:
     """A condition. Raises ConfigError, naming the place, for a text that is not one."""
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self.seen = Seen()
         try:
             if len(text) > _MAX_TEXT:
                 raise ValueError(f"longer than {_MAX_TEXT} characters")
-            self._value = _compiled(ast.parse(text.strip(), mode="eval").body)
+            self._value = _compiled(ast.parse(text.strip(), mode="eval").body, self.seen)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
             raise ConfigError(f"the condition {text!r} cannot be read: {reason}", _CURE) from None
@@ -132,28 +154,38 @@ def _truth(value: Any) -> Any:
     return UNKNOWN if value is UNKNOWN else bool(value)
 
 
-def _compiled(node: ast.expr) -> _Part:
+def _compiled(node: ast.expr, seen: Seen) -> _Part:
     if isinstance(node, ast.Constant):
         return _constant(node)
     if isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
-        path = _path(node)
-        return lambda look: look(path)
+        return _field(_path(node), seen)
     if isinstance(node, ast.BoolOp):
-        parts = [_compiled(value) for value in node.values]
+        parts = [_compiled(value, seen) for value in node.values]
         return _joined(parts, decides=isinstance(node.op, ast.Or))
     if isinstance(node, ast.UnaryOp):
-        return _unary(node)
+        return _unary(node, seen)
     if isinstance(node, ast.Compare):
-        return _compared(node)
+        return _compared(node, seen)
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-        return _applied(_numbers(_ARITHMETIC[type(node.op)]), [_compiled(node.left), _compiled(node.right)])
+        return _applied(_numbers(_ARITHMETIC[type(node.op)]), [node.left, node.right], node, seen)
     if isinstance(node, ast.List | ast.Tuple):
-        return _applied(lambda *values: list(values), [_compiled(value) for value in node.elts])
+        return _applied(lambda *values: list(values), node.elts, node, seen)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
         if len(node.args) != 1 or node.keywords:
             raise ValueError(f"{node.func.id} takes one value")
-        return _applied(_FUNCTIONS[node.func.id], [_compiled(node.args[0])])
+        return _applied(_FUNCTIONS[node.func.id], node.args, node, seen)
     raise ValueError(f"{ast.unparse(node)!r} is not allowed")
+
+
+def _field(path: Path, seen: Seen) -> _Part:
+    name = ".".join(map(str, path))
+
+    def run(look: Look) -> Any:
+        value = look(path)
+        seen.fields[name] = seen.fields.get(name, False) or value is not UNKNOWN
+        return value
+
+    return run
 
 
 def _constant(node: ast.Constant) -> _Part:
@@ -183,21 +215,31 @@ def _path(node: ast.expr) -> Path:
     return path
 
 
-def _unary(node: ast.UnaryOp) -> _Part:
-    part = _compiled(node.operand)
+def _unary(node: ast.UnaryOp, seen: Seen) -> _Part:
     if isinstance(node.op, ast.Not):
-        return _applied(operator.not_, [part])
+        return _applied(operator.not_, [node.operand], node, seen)
     if isinstance(node.op, ast.USub):
-        return _applied(_numbers(operator.neg), [part])
+        return _applied(_numbers(operator.neg), [node.operand], node, seen)
     raise ValueError(f"{ast.unparse(node)!r} is not allowed")
 
 
-def _compared(node: ast.Compare) -> _Part:
-    values = [_compiled(value) for value in (node.left, *node.comparators)]
-    pairs = [
-        _applied(_COMPARISONS[type(how)], [values[at], values[at + 1]]) for at, how in enumerate(node.ops)
-    ]
+def _compared(node: ast.Compare, seen: Seen) -> _Part:
+    values = [node.left, *node.comparators]
+    pairs = []
+    for (left, right), how in zip(pairwise(values), node.ops, strict=True):
+        single = ast.Compare(left, [how], [right])
+        pairs.append(_applied(_COMPARISONS[type(how)], [left, right], single, seen))
     return pairs[0] if len(pairs) == 1 else _joined(pairs, decides=False)
+
+
+def _alike(how: ast.cmpop, left: Any, right: Any) -> bool:
+    """Whether a comparison that raises nothing compares values of one type; `is` always does."""
+    if isinstance(how, ast.In | ast.NotIn) and isinstance(right, list):
+        return not right or any(_alike(ast.Eq(), left, each) for each in right)
+    if not isinstance(how, ast.Eq | ast.NotEq) or left is None or right is None:
+        return True
+    numbers = isinstance(left, int | float), isinstance(right, int | float)
+    return all(numbers) if any(numbers) else type(left) is type(right)
 
 
 def _joined(parts: list[_Part], decides: bool) -> _Part:
@@ -216,15 +258,23 @@ def _joined(parts: list[_Part], decides: bool) -> _Part:
     return run
 
 
-def _applied(function: Callable[..., Any], parts: list[_Part]) -> _Part:
+def _applied(function: Callable[..., Any], nodes: Sequence[ast.expr], whole: ast.expr, seen: Seen) -> _Part:
+    parts = [_compiled(node, seen) for node in nodes]
+    name = ast.unparse(whole)
+
     def run(look: Look) -> Any:
         values = [part(look) for part in parts]
         if any(value is UNKNOWN for value in values):
             return UNKNOWN
+        seen.comparisons.setdefault(name, False)
         try:
-            return function(*values)
+            found = function(*values)
         except _UNFIT:
             return UNKNOWN
+        if not seen.comparisons[name]:
+            how = whole.ops[0] if isinstance(whole, ast.Compare) else None
+            seen.comparisons[name] = how is None or _alike(how, *values)
+        return found
 
     return run
 

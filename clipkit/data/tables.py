@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 import gzip
+import math
 import os
 import stat
+import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TextIO
+from typing import Any, TextIO
 
 from clipkit.types import ConfigError, DataError
 
@@ -139,3 +143,29 @@ def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict
 def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
     """Returns the rows of a table in order; columns and errors as in `stream_rows`."""
     return list(stream_rows(table, columns, cure))
+
+
+def jsonable(value: Any) -> Any:
+    """Returns a value of a column as JSON keeps it: numbers stay numbers, those that are none become null.
+
+    A decimal is a number too, for conditions compare it: an int without decimal places, else the nearest
+    float. Times, durations and UUIDs become text. ConfigError for what has no form in JSON, such as bytes.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value.as_tuple().exponent == 0 else jsonable(float(value))
+    if isinstance(value, Mapping):
+        return {str(name): jsonable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(each) for each in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | uuid.UUID):
+        return str(value)
+    raise ConfigError(
+        f"a column holds {type(value).__name__}, which JSON cannot",
+        "leave the column out (--keep, --columns)",
+    )

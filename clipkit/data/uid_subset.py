@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,10 @@ Halves = NDArray[np.uint64]
 
 
 class UidSubset:
-    """The uids of a file, mapped. An entry that stands n times asks for n copies of its sample.
+    """The uids of a file, mapped as they are. An entry that stands n times asks for n copies of its sample.
 
     Source: DataComp (github.com/mlfoundations/datacomp), resharder.py. Raises DataError for another dtype or
-    shape, and for a file that is not sorted, where a binary search would miss entries without a word.
+    shape. Searches need a sorted file: `check_sorted` reads all of it, once per job.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,18 +43,24 @@ class UidSubset:
         if not len(entries):
             raise DataError(f"{path}: no uids", "give a file with one entry per sample")
         self._halves: Halves = entries.view(np.uint64).reshape(-1, 2)
-        self._check_sorted()
+        self._offset = int(entries.offset)
 
     def __len__(self) -> int:
         return len(self._halves)
 
-    def counts(self, uids: Sequence[str | None]) -> NDArray[np.int64]:
-        """Returns how often each uid stands in the file, (len(uids),); 0 for what is no 32 hex digits."""
-        found = np.zeros(len(uids), dtype=np.int64)
-        valid = [at for at, uid in enumerate(uids) if uid is not None and _UID.fullmatch(uid)]
-        wanted = np.array([_split(uids[at] or "") for at in valid], dtype=np.uint64).reshape(-1, 2)
-        found[valid] = self._search(wanted, after_equal=True) - self._search(wanted, after_equal=False)
+    def locate(self, uids: Sequence[str | None]) -> NDArray[np.int64]:
+        """Returns (first, end) of the entries of each uid, (len(uids), 2); equal for an absent one."""
+        found = np.zeros((len(uids), 2), dtype=np.int64)
+        halves = [uid_halves(uid) for uid in uids]
+        valid = [at for at, each in enumerate(halves) if each is not None]
+        wanted = np.array([halves[at] for at in valid], dtype=np.uint64).reshape(-1, 2)
+        found[valid, 0] = self._search(wanted, after_equal=False)
+        found[valid, 1] = self._search(wanted, after_equal=True)
         return found
+
+    def first_keys(self, entries: NDArray[np.int64], most: int) -> list[tuple[int, str]]:
+        """Returns place and text of the first `most` of these entries."""
+        return [(at, "{:016x}{:016x}".format(*self._halves[at].tolist())) for at in entries[:most].tolist()]
 
     def _search(self, wanted: Halves, after_equal: bool) -> NDArray[np.int64]:
         # numpy.searchsorted would copy the whole file for every shard: its halves are not contiguous.
@@ -71,17 +78,26 @@ class UidSubset:
             high = np.where(active & ~before, middle, high)
         return low
 
-    def _check_sorted(self) -> None:
-        for begin in range(0, len(self._halves) - 1, _BLOCK):
-            part = np.array(self._halves[begin : begin + _BLOCK + 1])
-            first, second = part[:-1], part[1:]
-            wrong = (first[:, 0] > second[:, 0]) | (
-                (first[:, 0] == second[:, 0]) & (first[:, 1] > second[:, 1])
-            )
-            if wrong.any():
-                at = begin + int(np.argmax(wrong)) + 1
-                raise DataError(f"{self.path}: not sorted (entry {at} is smaller than the one before)", _SORT)
+    def check_sorted(self) -> None:
+        """Raises DataError for a file that is not sorted: searches would miss entries without a word."""
+        # Read, not through the mapping: that would count as memory of this process.
+        with self.path.open("rb") as file:
+            for begin in range(0, len(self._halves) - 1, _BLOCK):
+                file.seek(self._offset + begin * UID_DTYPE.itemsize)
+                part = np.fromfile(file, np.uint64, 2 * (_BLOCK + 1)).reshape(-1, 2)
+                first, second = part[:-1], part[1:]
+                wrong = (first[:, 0] > second[:, 0]) | (
+                    (first[:, 0] == second[:, 0]) & (first[:, 1] > second[:, 1])
+                )
+                if wrong.any():
+                    at = begin + int(np.argmax(wrong)) + 1
+                    raise DataError(
+                        f"{self.path}: not sorted (entry {at} is smaller than the one before)", _SORT
+                    )
 
 
-def _split(uid: str) -> tuple[int, int]:
-    return int(uid[:16], 16), int(uid[16:], 16)
+def uid_halves(text: Any) -> tuple[int, int] | None:
+    """Returns the two 64-bit halves of a DataComp uid; None for what is not 32 hexadecimal digits."""
+    if not isinstance(text, str) or not _UID.fullmatch(text):
+        return None
+    return int(text[:16], 16), int(text[16:], 16)

@@ -135,3 +135,21 @@ def test_field_paths() -> None:
     for wrong in ("json", "key.a", "uid", "json..a", "", "json."):
         with pytest.raises(ConfigError):
             field_path(wrong)
+
+
+def test_fields_that_are_nowhere_and_comparisons_that_never_fit_are_known() -> None:
+    query = Query(
+        "json.width > '100' or json.widht > 3 or json.text_number == 12 or json.lang in [1, 2] or "
+        "json.height == 480 and json.nothing != 3 and json.lang in ['fr', 7] and len(json.width) or "
+        "json.late == 1"
+    )
+    assert query.matches(fields()) is None
+    assert query.matches(fields(late="x")) is None
+    assert {name for name, known in query.seen.fields.items() if not known} == {"json.widht"}
+    assert {text for text, fits in query.seen.comparisons.items() if not fits} == {
+        "json.width > '100'", "json.text_number == 12", "json.lang in [1, 2]", "json.late == 1",
+    }  # fmt: skip
+    # Behind a false part of `and` nothing is looked at, and nothing is said about it.
+    assert "len(json.width)" not in query.seen.comparisons
+    assert query.matches(fields(late=2)) is None
+    assert query.seen.comparisons["json.late == 1"]

@@ -212,7 +212,8 @@ def test_searches_of_uids_are_those_of_a_counter(tmp_path: Path) -> None:
     held = Counter(pool[:60])
     subset = UidSubset(datacomp(tmp_path / "ids.npy", pool[:60]))
     asked = [*pool, None, "xyz", "0" * 31, "A" * 32]
-    assert subset.counts(asked).tolist() == [held[each] if each else 0 for each in asked]
+    first, end = subset.locate(asked).T
+    assert (end - first).tolist() == [held[each] if each else 0 for each in asked]
 
 
 @pytest.mark.parametrize(
@@ -527,6 +528,10 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
         (["{in}", "--out", "{tmp}/o", "--split", "0.5/0.5", "--group", "shop"], 2, "no field"),
         (["{in}", "--out", "{tmp}/o", "--where", "width > 3"], 2, "did you mean json.width"),
         (["{in}", "--out", "{tmp}/o", "--where", "json.width > 9999"], 3, "no sample is left of 50"),
+        (["{in}", "--out", "{tmp}/o", "--where", "json.widht > 1"], 3, "never found: json.widht"),
+        (["{in}", "--out", "{tmp}/o", "--where", "json.widht > 1"], 3, "did you mean json.width?"),
+        (["{in}", "--out", "{tmp}/o", "--where", "json.clop > 1", "--add-fields", "{tmp}/c.csv"], 3, "clip?"),
+        (["{in}", "--out", "{tmp}/o", "--where", "json.width > '9'"], 3, "fitted: json.width > '9'"),
         (["{in}", "--out", "{tmp}/o", "--shard-bytes", "much"], 2, "is no number of bytes"),
         (["{in}", "--out", "{tmp}/o", "--shard-bytes", "0"], 2, "is no number of bytes"),
         (["{in}", "--out", "{tmp}/o", "--samples-per-shard", "0"], 2, "samples-per-shard"),
@@ -556,6 +561,7 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     message: str,
 ) -> None:
     write_csv(tmp_path / "t.csv", [["key", "a", "b"], ["1", "2", "3"]])
+    write_csv(tmp_path / "c.csv", [["key", "clip"], ["000000001", "2"]])
     write_csv(tmp_path / "twice.csv", [["key", "a"], ["1", "2"], ["2", "2"], ["1", "3"]])
     (tmp_path / "ids.txt").write_text("1\n")
     (tmp_path / "text.tar").write_text("hello" * 500)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from clipkit.data.key_table import TableSpec, _jsonable, build_key_table
+from clipkit.data.engine import Engine
+from clipkit.data.key_table import TableSpec, build_key_table
+from clipkit.data.making.collection import Reading
+from clipkit.data.making.tables import read_table
+from clipkit.data.reshard import Reshard, Resharding, input_shards, named
+from clipkit.data.tables import jsonable
 from clipkit.types import ConfigError, DataError
 from tests.data.makers import write_tar
-from tests.data.test_reshard import numbers, read, run, sample, write_inputs
+from tests.data.test_reshard import datacomp, numbers, read, run, sample, uid, write_csv, write_inputs
 
 
 def test_shards_put_where_a_finished_job_was_are_not_replaced(tmp_path: Path) -> None:
@@ -58,7 +64,23 @@ def test_numbers_that_json_cannot_hold_do_not_get_into_it(tmp_path: Path) -> Non
     (tmp_path / "t.csv").write_text("key,v,w\na,1e999,1e99\nb,2,2\n", encoding="utf-8")
     table = build_key_table(TableSpec(tmp_path / "t.csv"), tmp_path / "stem", True)
     assert table.find("a") == {"v": "1e999", "w": 1e99}
-    assert [_jsonable(Decimal(each), Path()) for each in ("1.5", "NaN", "1e999")] == [1.5, None, None]
+
+
+def test_a_decimal_column_holds_numbers_whichever_job_reads_it(tmp_path: Path) -> None:
+    given = ("1.50", "19.99", "12345678901234567890", "NaN", "-Infinity", "1e999")
+    numbers = [1.5, 19.99, 12345678901234567890, None, None, None]
+    assert [jsonable(Decimal(each)) for each in given] == numbers
+    with pytest.raises(ConfigError, match="bytes"):
+        jsonable([b"x"])
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    prices = pyarrow.array([Decimal("19.99"), None], pyarrow.decimal128(10, 2))
+    columns = {"key": ["a", "b"], "image": ["a.jpg", "b.jpg"], "caption": ["a", "b"], "price": prices}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    joined = build_key_table(TableSpec(tmp_path / "t.parquet", None, ("price",)), tmp_path / "stem", True)
+    made = read_table(tmp_path / "t.parquet", Reading(images=tmp_path, keep=("price",))).entries()
+    assert [joined.find(key) for key in "ab"] == [entry.fields for entry in made]
+    assert joined.find("a") == {"price": 19.99}
 
 
 def test_a_list_of_shards_and_keys_means_the_samples_of_those_shards(tmp_path: Path) -> None:
@@ -77,6 +99,38 @@ def test_a_list_of_shards_and_keys_means_the_samples_of_those_shards(tmp_path: P
     _, counts = run(tmp_path / "keys", inputs, subset=tmp_path / "keys.csv", rekey=True)
     assert sorted(numbers(tmp_path / "keys")) == [0, 10]
     assert counts["keys of the subset that several samples have"] == 1
+
+
+def test_keys_that_name_no_sample_are_counted_and_the_first_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(named, "_BLOCK", 2)
+    inputs = write_inputs(tmp_path / "in", [20, 30])
+    wrong = [f"x{n}" for n in range(5)]
+
+    def unnamed(name: str, subset: Path | None = None, **options: Any) -> tuple[int, tuple[str, ...]]:
+        job = Reshard(input_shards([str(inputs)]), tmp_path / name, subset=subset, **options)
+        with Resharding(job, Engine(1), lambda *_: None) as work:
+            work.begin()
+            plan = work.plan()
+        (kind,) = plan.examples
+        return plan.counts[kind], plan.examples[kind]
+
+    # A sample that a condition leaves out is one all the same; a key on two rows is one key.
+    keys = [wrong[4], *(f"{n:09d}" for n in range(40)), *wrong, wrong[1], f"{3:09d}"]
+    listed = write_csv(tmp_path / "keys.csv", [["key"], *([key] for key in keys)])
+    assert unnamed("keys", listed, where="json.width < 110") == (5, ("x4", "x0", "x1"))
+    rows = [["00000.tar", "000000003"], ["00001.tar", "000000003"], [str(inputs / "00001.tar"), "000000025"]]
+    by_shard = write_csv(tmp_path / "shards.csv", [["shard", "key"], *rows])
+    assert unnamed("shards", by_shard) == (1, ("00001.tar, 000000003",))
+    uids = [*map(uid, range(45)), "0" * 32, "f" * 32, "f" * 32, "e" * 31 + "f", uid(4)]
+    found = unnamed("uids", datacomp(tmp_path / "ids.npy", uids), where="json.width < 110")
+    assert found == (4, ("0" * 32, "e" * 31 + "f", "f" * 32))
+    table = write_csv(tmp_path / "new.csv", [["key", "v"], *([key, 1] for key in dict.fromkeys(keys))])
+    assert unnamed("fields", fields=table) == (5, ("x4", "x0", "x1"))
+    only = write_csv(tmp_path / "wrong.csv", [["key"], *([key] for key in wrong)])
+    with pytest.raises(DataError, match=r"no key of it is that of a sample \(first: x0, x1, x2; 50 samples"):
+        unnamed("none", only)
 
 
 def test_a_group_that_no_sample_has_is_no_split(tmp_path: Path) -> None:

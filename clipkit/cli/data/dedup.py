@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,8 +40,9 @@ from clipkit.cli.output import StageProgress, say
 
 if TYPE_CHECKING:
     from clipkit.data.curation.duplicates import Deduplication
-    from clipkit.data.curation.pictures import Evaluation
+    from clipkit.data.curation.evaluation import Evaluation
     from clipkit.data.engine import Engine
+    from clipkit.evaluation.images import Images
     from clipkit.evaluation.scoring import Scorer
 
 LARGE_GROUP = 100  # samples: more re-encoded copies of one picture than sets hold
@@ -82,7 +83,7 @@ AgainstOption = Annotated[
     typer.Option(
         metavar="DATA",
         show_default=False,
-        help="Remove what is in this evaluation set (as zeroshot and retrieval take); may be repeated.",
+        help="Remove what is in these shards, or this evaluation set (as zeroshot takes); may be repeated.",
     ),
 ]
 SplitOption = Annotated[str, typer.Option(help="Split of the evaluation sets that have splits.")]
@@ -111,7 +112,7 @@ def dedup(
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Remove duplicates, keeping the first of each group, and what evaluation sets hold.
+    """Remove duplicates, keeping the first of each group, and what other shards or evaluation sets hold.
 
     image: equal bytes. pixels: equal pictures. caption, pair: equal text, or both. phash: pictures that look
     alike after re-encoding or resizing; it does not see crops of a tenth, mirrored or edited ones. embedding:
@@ -119,6 +120,11 @@ def dedup(
 
     Example: clipkit data dedup pool/ --out clean --by image --by phash --against coco_test
     """
+    from clipkit.data.curation.evaluation import names_shards
+    from clipkit.data.source import plain_shards
+
+    others = [data for data in against or () if names_shards(data)]
+    sets = [data for data in against or () if data not in others]
     kinds = tuple(kind.value for kind in by or ([] if against else [Kind.image]))
     job = _job(
         kinds,
@@ -126,7 +132,7 @@ def dedup(
         (out, keys_out),
         (caption, uid_field),
         embeddings,
-        against or (),
+        (sets, plain_shards(others) if others else []),
         (split, precision.value),
     )
     parts = engine_of(workers, engine)
@@ -138,7 +144,6 @@ def dedup(
     def numbers_of(total: int) -> range:
         return share(start, end, total, "shards")
 
-    sets = against or []
     _run(job, shards, parts, model, (sets, split), numbers_of, overwrite, dry_run)
 
 
@@ -148,7 +153,7 @@ def _job(
     outputs: tuple[Path | None, Path | None],
     fields: tuple[str, str],
     embeddings: str | None,
-    against: Sequence[str],
+    against: tuple[list[str], list[str]],
     settings: tuple[str, str],
 ) -> Deduplication:
     from clipkit.data.curation.duplicates import EMBEDDING, Deduplication, Likeness
@@ -157,11 +162,12 @@ def _job(
 
     distance, cosine, neighbours = bounds
     out, keys_out = outputs
+    sets, others = against
     is_file = embeddings is not None and embeddings.endswith(".npy")
-    by_embedding = EMBEDDING in kinds or (bool(against) and embeddings is not None and not is_file)
+    by_embedding = EMBEDDING in kinds or (any(against) and embeddings is not None and not is_file)
     likeness = Likeness(
         tuple(kind for kind in EXACT if kind in kinds),
-        phash=PHASH in kinds or bool(against),
+        phash=PHASH in kinds or any(against),
         distance=distance,
         cosine=cosine if by_embedding else None,
         neighbours=neighbours,
@@ -173,9 +179,18 @@ def _job(
         caption=fields[0],
         embeddings=Path(embeddings) if embeddings is not None and is_file else None,
         embedded_by=(*model_identity(embeddings), settings[1]) if embeddings and not is_file else (),
-        evaluation_sets=tuple([*against, settings[0]] if against else ()),
+        evaluation_sets=tuple([*sets, settings[0]] if sets else ()),
+        against=tuple(others),
         uid_field=fields[1] if keys_out is not None and keys_out.suffix == ".npy" else None,
     )
+
+
+def _opened(sets: list[str], split: str) -> list[Images]:
+    if not sets:
+        return []
+    from clipkit.evaluation.datasets import open_images
+
+    return [open_images(data, split) for data in sets]
 
 
 def _run(
@@ -192,11 +207,11 @@ def _run(
 
     by_model = bool(job.embedded_by) and job.likeness.cosine is not None
 
-    def evaluation() -> Evaluation:
-        from clipkit.data.curation.pictures import evaluation_of
-        from clipkit.evaluation.datasets import open_images
+    images = _opened(*sets)  # before anything is begun: what is none is refused now
 
-        images = [open_images(data, sets[1]) for data in sets[0]]
+    def evaluation() -> Evaluation:
+        from clipkit.data.curation.evaluation import evaluation_of
+
         vectors = [model().picture_vectors(found) for found in images] if by_model else None
         return evaluation_of(images, engine, vectors)
 
@@ -223,7 +238,9 @@ def _run(
         say(f"largest group by {kind}: {count:,} samples")
         if count > LARGE_GROUP:
             say("  look-alike pictures form chains: a smaller --distance or larger --cosine joins fewer")
-    if sets[0]:
-        say(f"{done.matches:,} pairs of a sample and an evaluation image")
+    if done.unusable:
+        say(f"{done.unusable:,} samples of --against cannot be decoded and were compared with nothing")
+    if sets[0] or job.against:
+        say(f"{done.matches:,} pairs of a sample and a picture of --against")
     if not dry_run:
         report(done.records, job.target)

@@ -52,7 +52,10 @@ ShuffleOption = Annotated[
 ]
 SubsetOption = Annotated[
     Path | None,
-    typer.Option(help="Keep these: a DataComp .npy of uids, or a table of keys.", metavar="FILE"),
+    typer.Option(
+        help="Keep these: a DataComp .npy of uids, or a table of keys (a column shard: of which shard).",
+        metavar="FILE",
+    ),
 ]
 WhereOption = Annotated[
     str | None,
@@ -173,7 +176,7 @@ def _run(
             counts = {**plan.counts, **work.write(plan, numbers)}
             # Not by the last share: two could be the last at the same time.
             written = work.finish(plan) if len(numbers) == len(plan.parts) else None
-    say(*_counted(counts))
+    say(*_counted(counts, plan.examples))
     if written is None:
         say(
             f"output shards {numbers.start} to {numbers.stop - 1} of {len(plan.parts):,} are written; "
@@ -187,7 +190,7 @@ def _show_plan(plan: Plan) -> None:
     rows = [["samples", "shards", "folder"]]
     for folder, cuts in zip(plan.job.folders, plan.cuts, strict=True):
         rows.append([f"{cuts[-1]:,}", f"{len(cuts) - 1:,}", str(folder)])
-    say(*_counted(plan.counts), "would write:", *table(rows))
+    say(*_counted(plan.counts, plan.examples), "would write:", *table(rows))
 
 
 def _show(written: list[Written]) -> None:
@@ -198,8 +201,14 @@ def _show(written: list[Written]) -> None:
     say(*table(rows))
 
 
-def _counted(counts: dict[str, int]) -> list[str]:
-    return [f"{count:,} {name}" for name, count in counts.items() if count]
+def _counted(counts: dict[str, int], examples: dict[str, tuple[str, ...]]) -> list[str]:
+    lines = []
+    for name, count in counts.items():
+        keys = examples.get(name, ())
+        first = f" ({'first: ' if count > len(keys) else ''}{'; '.join(keys)})" if keys else ""
+        if count:
+            lines.append(f"{count:,} {name}{first}")
+    return lines
 
 
 def _shares(text: str) -> tuple[float, ...]:

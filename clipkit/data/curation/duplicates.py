@@ -7,18 +7,20 @@ a chain of similar pictures is one group, even where its ends differ by more tha
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.data.curation.evaluation import Evaluation, samples_of
 from clipkit.data.curation.groups import Components, Numbers, repeated, similar_pairs, similar_to
 from clipkit.data.curation.hashes import PHASH, fingerprint_shard
-from clipkit.data.curation.pictures import Evaluation
 from clipkit.data.curation.selection import (
     UNUSABLE,
     Summary,
@@ -38,14 +40,17 @@ from clipkit.data.curation.similar import (
 from clipkit.data.curation.survey import OnPart, Rows, Survey, key_of
 from clipkit.data.curation.tables import shard_labels, written_lines
 from clipkit.data.engine import Engine
+from clipkit.data.fingerprints import shard_inputs
 from clipkit.data.finished import Ended
 from clipkit.data.shards import ShardRecord
-from clipkit.data.source import plain_shards
+from clipkit.data.source import is_remote, plain_shards
 from clipkit.data.tar_index import replacing
 from clipkit.types import ConfigError
 
 MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
+_TOGETHER = 1 << 20  # samples, about
 HASHES, VECTORS = "hashes", "vectors"
+OTHER_HASHES, OTHER_VECTORS = "other-hashes", "other-vectors"
 EMBEDDING, EVALUATION = "embedding", "evaluation"
 
 
@@ -183,24 +188,30 @@ class DuplicateVerdicts:
             )
             yield places + self._starts[number], unit[places]
 
+    def _batches(self) -> list[list[int]]:
+        """Shards that are compared together: each comparison sorts all that it is made with."""
+        changes = np.flatnonzero(np.diff(self._starts[:-1] // _TOGETHER)) + 1
+        return [batch.tolist() for batch in np.split(np.arange(len(self._survey.shards)), changes)]
+
     def _mark_evaluation(self, evaluation: Evaluation) -> int:
         """Marks what is in an evaluation set and writes every matching pair; returns their number."""
         likeness = self._likeness
         pictures = np.flatnonzero(evaluation.hashed)
         count = 0
         found: list[tuple[Numbers, Numbers, str, list[float]]]
-        vectors = self.vectors() if likeness.cosine is not None else None
+        vectors = iter(()) if evaluation.vectors is None else self.vectors()
         with written_lines(self._evaluation_file) as write:
-            for number in range(len(self._survey.shards)):
+            for batch in self._batches():
                 found = []
                 if likeness.phash:
-                    numbers, hashes = self._hashed(number)
+                    parts = [self._hashed(number) for number in batch]
+                    numbers, hashes = (np.concatenate(each) for each in zip(*parts, strict=True))
                     mine, theirs = similar_to(hashes, evaluation.hashes[pictures], likeness.distance)
                     bits = np.bitwise_count(hashes[mine] ^ evaluation.hashes[pictures[theirs]])
                     found.append((numbers[mine], pictures[theirs], "distance", bits.tolist()))
-                if vectors is not None and likeness.cosine is not None:
+                for numbers, own in islice(vectors, len(batch)):
                     assert evaluation.vectors is not None
-                    numbers, own = next(vectors)
+                    assert likeness.cosine is not None
                     mine, theirs, cosines = similar_rows(own, evaluation.vectors, likeness.cosine)
                     found.append((numbers[mine], theirs, "cosine", cosines.tolist()))
                 # A pair may match by both: it is one pair, and one line.
@@ -211,7 +222,7 @@ class DuplicateVerdicts:
                         pairs.setdefault((sample, other), {})[name] = value
                 count += len(pairs)
                 for (sample, other), by in pairs.items():
-                    write({**self._named(sample), "image": evaluation.names[other], **by})
+                    write({**self._named(sample), "image": evaluation.name(other), **by})
         return count
 
     def _named(self, sample: int) -> dict[str, str]:
@@ -242,6 +253,7 @@ class Deduplication:
     caption         field of the caption of the kinds caption and pair
     embeddings      a .npy file with one row per sample; embedded_by: identity of the model that computes them
     evaluation_sets what the evaluation sets are, for the description of the job
+    against         shards whose samples are removed as well
     """
 
     likeness: Likeness
@@ -251,6 +263,7 @@ class Deduplication:
     embeddings: Path | None = None
     embedded_by: tuple[str | int, ...] = ()
     evaluation_sets: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
     uid_field: str | None = None
 
     def check(self) -> None:
@@ -271,12 +284,13 @@ class Deduplication:
                 )
             if EMBEDDING in self.within:
                 usearch_index()
-        if self.evaluation_sets and not (likeness.phash or self.embedded_by):
+        against = bool(self.evaluation_sets or self.against)
+        if against and not (likeness.phash or self.embedded_by):
             raise ConfigError(
                 "evaluation pictures cannot be compared with embeddings from a file",
                 "add --by phash, or give --embeddings a MODEL",
             )
-        if not self.evaluation_sets and not self.within:
+        if not against and not self.within:
             raise ConfigError("nothing to compare with", "pass --by KIND, --against DATA, or both")
 
     def options(self) -> dict[str, Any]:
@@ -290,7 +304,7 @@ class Deduplication:
             "precision": self.embedded_by[-1] if self.embedded_by else None,
             "cosine": likeness.cosine,
             "neighbours": likeness.neighbours,
-            "against": self.evaluation_sets[:-1],
+            "against": [*self.evaluation_sets[:-1], *self.against],
             "split": self.evaluation_sets[-1:],
             "uid-field": self.uid_field,
         }
@@ -301,13 +315,14 @@ class Outcome:
     """What a deduplication did. summary: None when only a part of the shards was examined, or nothing was to
     do because it has `ended`.
 
-    matches: pairs of a sample and an evaluation picture; largest: samples of the largest group of near
-    duplicates, by kind.
+    matches: pairs of a sample and an evaluation picture; unusable: samples of `against` that were not
+    compared; largest: samples of the largest group of near duplicates, by kind.
     """
 
     examined: int
     summary: Summary | None = None
     matches: int = 0
+    unusable: int = 0
     largest: Mapping[str, int] = field(default_factory=dict)
     records: tuple[ShardRecord, ...] = ()
     ended: Ended | None = None
@@ -335,20 +350,31 @@ def run_dedup(
     shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
     likeness = job.likeness
+    both = sorted(set(map(_place, shards)) & set(map(_place, job.against)))
+    if both:
+        raise ConfigError(f"{both[0]} is among the shards and in --against", "give shards of another set")
     read = [] if job.embeddings is None else [job.embeddings]
-    weights = [["the model's weights", *job.embedded_by]] if job.embedded_by else []
+    facts = [["the model's weights", *job.embedded_by]] if job.embedded_by else []
+    facts += shard_inputs(job.against)
     with working(
         job.target,
         shards,
         "dedup",
         job.options(),
         inputs=[*read, *map(Path, job.evaluation_sets[:-1])],
-        facts=weights,
+        facts=facts,
         overwrite=overwrite,
         dry_run=dry_run,
     ) as survey:
         if survey.ended is not None:
             return Outcome(0, ended=survey.ended)
+        held_out = None
+        if len(numbers) == len(shards):
+            # First: what cannot be read is refused before hours of work.
+            held_out = None if evaluation is None else evaluation()
+            if job.against:
+                others = _survey_others(job, survey, engine, embed, progress)
+                held_out = others if held_out is None else held_out.joined(others)
         kinds = (likeness.hashes, job.caption, job.uid_field)
         survey.make(HASHES, fingerprint_shard, numbers, engine, progress, kinds)
         if embed is not None:
@@ -356,19 +382,36 @@ def run_dedup(
         if len(numbers) < len(shards):
             return Outcome(len(numbers))
         verdicts = DuplicateVerdicts(
-            survey,
-            likeness,
-            within=job.within,
-            evaluation=None if evaluation is None else evaluation(),
-            embeddings=job.embeddings,
+            survey, likeness, within=job.within, evaluation=held_out, embeddings=job.embeddings
         )
         summary = summarize(survey, HASHES, verdicts)
         records: list[ShardRecord] = []
         if not dry_run:
-            matches = [] if evaluation is None else [job.target.beside("evaluation_matches.jsonl")]
+            matches = [] if held_out is None else [job.target.beside("evaluation_matches.jsonl")]
             for path in matches:
                 verdicts.copy_matches(path)
             records = write_selection(
                 survey, HASHES, verdicts, summary, job.target, engine, progress, beside=matches
             )
-        return Outcome(len(shards), summary, verdicts.matches, verdicts.largest, tuple(records))
+        unusable = 0 if held_out is None else held_out.unusable
+        return Outcome(len(shards), summary, verdicts.matches, unusable, verdicts.largest, tuple(records))
+
+
+def _place(shard: str) -> str:
+    return shard if is_remote(shard) else os.path.realpath(shard)
+
+
+def _survey_others(
+    job: Deduplication,
+    survey: Survey,
+    engine: Engine,
+    embed: Callable[[str], dict[str, Rows]] | None,
+    progress: OnPart | None,
+) -> Evaluation:
+    """The samples of `job.against`; what is known of them lies with the rest, so that the job continues."""
+    others = Survey(job.against, survey.work)
+    numbers = range(len(job.against))
+    others.make(OTHER_HASHES, fingerprint_shard, numbers, engine, progress, ((PHASH,), job.caption))
+    if embed is not None:
+        others.make(OTHER_VECTORS, embed, numbers, Engine(), progress)
+    return samples_of(others, OTHER_HASHES, None if embed is None else OTHER_VECTORS)

@@ -30,6 +30,7 @@ from clipkit.data.curation.tables import FORMATS, check_format, read_scores, sha
 from clipkit.data.curation.thresholds import top_threshold
 from clipkit.data.engine import Engine
 from clipkit.data.finished import Ended
+from clipkit.data.preflight import fields_in, nearest_field
 from clipkit.data.shards import ShardRecord
 from clipkit.data.source import plain_shards
 from clipkit.types import ConfigError, DataError
@@ -260,6 +261,7 @@ def run_filter(
         job.options(),
         inputs=job.inputs(),
         facts=weights,
+        scores_out=job.scores_out,
         overwrite=overwrite,
         dry_run=dry_run,
     ) as survey:
@@ -270,6 +272,7 @@ def run_filter(
             survey.make(SCORES, score, numbers, Engine(), progress)
         if len(numbers) < len(shards):
             return Outcome(len(numbers))
+        _refuse_nowhere(survey, job.plan)
         if job.score_table is not None:
             survey_table(survey, job.score_table)
         kind = job.score_kind
@@ -292,6 +295,23 @@ def run_filter(
                 beside=[] if job.scores_out is None else [job.scores_out],
             )
         return Outcome(len(shards), summary, verdicts.threshold, tuple(records))
+
+
+def _refuse_nowhere(survey: Survey, plan: Plan) -> None:
+    """Raises DataError for a field that decides and that no sample of any shard holds."""
+    samples = int(survey.counts(SAMPLES).sum())
+    for at, name in enumerate(plan.reads):
+        if not samples or not all(survey.rows(SAMPLES, n, "absent")[at] for n in range(len(survey.shards))):
+            continue
+        survey.work.clear()  # of no use to the command with another field
+        found = fields_in(survey.shards)
+        near = nearest_field(name, found)
+        raise DataError(
+            f"none of {samples:,} samples holds anything at {name}",
+            f"did you mean {near}?"
+            if near
+            else f"name a field that there is: {', '.join(sorted(found)[:12])}",
+        )
 
 
 def survey_table(survey: Survey, path: Path) -> None:

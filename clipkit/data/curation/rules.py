@@ -8,7 +8,6 @@ import functools
 import importlib
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from clipkit.data.curation.balancing import Entries
 from clipkit.data.curation.survey import Rows, rows_of
 from clipkit.data.key_table import text_hash
+from clipkit.data.preflight import holds_field
 from clipkit.data.sample import (
     Absent,
     RawSample,
@@ -28,11 +28,9 @@ from clipkit.data.sample import (
     image_bytes,
     image_size,
 )
+from clipkit.data.uid_subset import uid_halves
 from clipkit.data.walked import walked_samples
 from clipkit.types import ConfigError, DataError
-
-_UID = re.compile("[0-9a-fA-F]{32}")
-
 
 DATACOMP = {"min_words": 3, "min_chars": 6, "min_side": 200, "max_aspect": 3.0}
 
@@ -185,16 +183,32 @@ class Plan:
     entries: Entries | None = None
     uid_field: str | None = None
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that decide, each of which some sample must hold."""
+        basic = self.basic
+        by_text = (basic.min_words, basic.min_chars, basic.language_model, self.entries)
+        stated = basic.language is not None and basic.language_model is None
+        fields = (
+            self.caption if any(rule is not None for rule in by_text) else None,
+            basic.language_field if stated else None,
+            self.score_field,
+        )
+        return tuple(dict.fromkeys(field for field in fields if field is not None))
+
 
 def examine(shard: str, plan: Plan) -> dict[str, Rows]:
     """Returns the rows of one shard: key, `failed` (bits), `reason` why a sample cannot be used, `score`,
-    `draw` (hash of the key), `entries` (how many were found), `uid`; and flat as `entries` their numbers.
+    `draw` (hash of the key), `entries` (how many were found), `uid`; flat as `entries` their numbers; and as
+    `absent` which of `plan.reads` no sample holds.
     """
+    absent = set(plan.reads)
     keys: list[str] = []
     failed, reasons, scores, draws, counts = [], [], [], [], []
     found: list[NDArray[np.int32]] = []
     uids = []
     for sample in walked_samples(shard):
+        absent -= {field for field in absent if holds_field(sample, field)}
         bits, reason, score, uid = 0, "", math.nan, (0, 0)
         matched = np.zeros(0, np.int32)
         try:
@@ -224,22 +238,24 @@ def examine(shard: str, plan: Plan) -> dict[str, Rows]:
         columns["score"] = np.array(scores, np.float64)
     if plan.uid_field is not None:
         columns["uid"] = np.array(uids, np.uint64).reshape(-1, 2)
+    nowhere = np.array([field in absent for field in plan.reads], np.bool_)
     if plan.entries is None:
-        return {"samples": rows_of(keys, **columns)}
+        return {"samples": rows_of(keys, **columns), "absent": nowhere}
     columns["draw"] = np.array(draws, np.uint64)
     columns["entries"] = np.array(counts, np.int32)
     return {
         "samples": rows_of(keys, **columns),
+        "absent": nowhere,
         "entries": np.concatenate(found) if found else np.zeros(0, np.int32),
     }
 
 
 def uid_at(sample: RawSample, field: str) -> tuple[int, int]:
     """Returns the two halves of a DataComp uid. DataError when the sample has none."""
-    value = _stated(sample, field)
-    if not isinstance(value, str) or not _UID.fullmatch(value):
+    halves = uid_halves(_stated(sample, field))
+    if halves is None:
         raise DataError(
             f"sample {sample.key!r}: {field} holds no uid of 32 hexadecimal digits",
             "name the field with --uid-field, or write the keys as .csv or .parquet",
         )
-    return int(value[:16], 16), int(value[16:], 16)
+    return halves

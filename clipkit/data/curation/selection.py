@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,10 +63,12 @@ class Target:
     out: Path | None
     keys_out: Path | None
 
-    def check(self, shards: Sequence[str], inputs: Sequence[Path] = ()) -> None:
+    def check(
+        self, shards: Sequence[str], inputs: Sequence[Path] = (), scores_out: Path | None = None
+    ) -> None:
         """Raises ConfigError for targets that are missing, unknown, or the source itself.
 
-        inputs: other files that the job reads.
+        inputs: other files that the job reads; scores_out: a further file that it writes.
         """
         if self.out is None and self.keys_out is None:
             raise ConfigError(
@@ -76,9 +78,12 @@ class Target:
             check_format(self.keys_out, FORMATS, "--keys-out")
             if self.keys_out.is_dir():
                 raise ConfigError(f"--keys-out {self.keys_out} is a folder", "name a file")
+        for option, output in (("--keys-out", self.keys_out), ("--scores-out", scores_out)):
+            if output is None:
+                continue
             for path in (*map(str, inputs), *(shard for shard in shards if not is_remote(shard))):
-                if os.path.realpath(path) == os.path.realpath(self.keys_out):
-                    raise ConfigError(f"--keys-out {self.keys_out} is read by this job", "name another file")
+                if os.path.realpath(path) == os.path.realpath(output):
+                    raise ConfigError(f"{option} {output} is read by this job", "name another file")
         if self.out is not None:
             refuse_source([self.out], shards)
 
@@ -115,16 +120,17 @@ def working(
     *,
     inputs: Sequence[Path] = (),
     facts: Sequence[Sequence[Any]] = (),
+    scores_out: Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Iterator[Survey]:
     """Yields the survey of a job; its records lie at the target, those of a dry run in a temporary folder.
 
     options: of the job, by their names on the command line. inputs: files and folders that are read besides
-    the shards; facts: [name, facts...] of what is no file. ConfigError when the target holds something else,
-    or cannot be written.
+    the shards; facts: [name, facts...] of what is no file; scores_out: a file that is written besides the
+    target. ConfigError when an output holds something else, or cannot be written.
     """
-    target.check(shards, inputs)
+    target.check(shards, inputs, scores_out)
     both = None if target.out is None or target.keys_out is None else os.path.abspath(target.keys_out)
     description = {
         "job": job,
@@ -137,10 +143,16 @@ def working(
         return
     if target.out is not None:
         refuse_foreign(target.out)
+    scores = () if scores_out is None or not scores_out.exists() else (scores_out,)
     work = Finished(target.folder, description)
-    ended = work.begin(target.held, overwrite=overwrite)
-    with storing(target.folder):
-        yield Survey(tuple(shards), work, ended)
+    ended = work.begin((*target.held, *scores), overwrite=overwrite)
+    try:
+        with storing(target.folder):
+            yield Survey(tuple(shards), work, ended)
+    except BaseException:
+        if work.empty:
+            work.clear()
+        raise
 
 
 @dataclass(frozen=True)
@@ -197,7 +209,7 @@ def write_selection(
     beside: what the job has written already.
     """
     if not summary.samples:
-        _withdraw(survey, target)
+        survey.work.clear()
         raise DataError(
             f"no sample in {len(survey.shards):,} shard(s), first {survey.shards[0]}",
             "give shards that hold samples",
@@ -207,10 +219,17 @@ def write_selection(
     document = json.dumps({**summary.document(), **(more or {})}, indent=1, ensure_ascii=False)
     write_text(target.beside("summary.json"), document + "\n")
     if not summary.kept:
-        _withdraw(survey, target)
+        survey.work.clear()
+        dropped = target.beside("dropped.jsonl")
+        if summary.rules[UNUSABLE][0] == summary.samples:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.reasons.items())
+            raise DataError(
+                f"none of {summary.samples:,} samples can be used ({reasons})",
+                f"bring back what they lack, or name another --caption; {dropped} lists them",
+            )
         raise DataError(
             f"none of {summary.samples:,} samples is left",
-            f"loosen the rules; {target.beside('dropped.jsonl')} names those that each sample breaks",
+            f"loosen the rules; {dropped} names those that each sample breaks",
         )
     if target.keys_out is not None:
         write_keys(survey, kind, verdicts, target.keys_out)
@@ -221,14 +240,6 @@ def write_selection(
         outputs += [target.out / name for name in (*SUMMARIES, *(record.name for record in records))]
     survey.work.end(outputs, summary.kept)
     return records
-
-
-def _withdraw(survey: Survey, target: Target) -> None:
-    survey.work.clear()
-    if target.out is None:
-        # What else lies there is not of this job, and keeps the folder.
-        with suppress(OSError):
-            target.folder.rmdir()
 
 
 def write_dropped(survey: Survey, kind: str, verdicts: Verdicts, path: Path) -> None:

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from clipkit.data.engine import Engine
 from clipkit.data.finished import Ended, Finished
-from clipkit.data.options import DEFAULT_STORAGE
-from clipkit.data.source import is_remote
 
 Rows = NDArray[Any]
 OnPart = Callable[[str, int, int], None]

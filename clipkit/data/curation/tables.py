@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.data.buckets import Buckets
 from clipkit.redaction import redact, visible
 from clipkit.types import ConfigError, DataError
 
@@ -142,8 +143,6 @@ def write_uids(path: Path, halves: Iterator[NDArray[np.uint64]], num_uids: int, 
     folder: of the job itself, for files of its own while it sorts.
     DataError for a uid that occurs twice: DataComp's resharder would write the sample twice.
     """
-    from clipkit.data.curation.groups import Buckets
-
     kind = np.dtype([("high", "<u8"), ("low", "<u8")])
     temporary = path.with_name(path.name + ".tmp")
     try:

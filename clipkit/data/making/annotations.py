@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.data.making.collection import Entry, Found, Images, Reading
-from clipkit.data.making.tables import checked, jsonable
-from clipkit.data.tables import UNREADABLE_TABLE, ImageRoot, find_root, open_table
+from clipkit.data.making.tables import checked
+from clipkit.data.tables import UNREADABLE_TABLE, ImageRoot, find_root, jsonable, open_table
 from clipkit.types import ConfigError, DataError
 
 _LOOKED_AT = 20  # images looked for to find their folder

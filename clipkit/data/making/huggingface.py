@@ -15,10 +15,9 @@ from clipkit.data.making.tables import (
     caption_texts,
     checked,
     columns_used,
-    jsonable,
     with_templates,
 )
-from clipkit.data.tables import find_root
+from clipkit.data.tables import find_root, jsonable
 from clipkit.types import ConfigError, DataError
 
 

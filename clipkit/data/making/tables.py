@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.data.making.collection import Entry, Found, Images, Reading
-from clipkit.data.tables import TAB_SUFFIXES, find_root, read_columns, stream_rows, table_suffix
+from clipkit.data.tables import TAB_SUFFIXES, find_root, jsonable, read_columns, stream_rows, table_suffix
 from clipkit.types import ConfigError, DataError
 
 TABLE_SUFFIXES = (".csv", *TAB_SUFFIXES, ".parquet", ".pq")
@@ -99,23 +97,6 @@ def with_templates(entry: Entry, label: Any, names: Sequence[str], templates: Se
         for template in templates or DEFAULT_TEMPLATES
     )
     return entry._replace(label=label, captions=texts)
-
-
-def jsonable(value: Any) -> Any:
-    """Returns a value of a column as JSON keeps it: numbers stay numbers, what is no number becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(entry) for entry in value]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        raise ConfigError("a column of bytes cannot be kept in JSON", "leave it out of --keep")
-    return str(value)
 
 
 def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:

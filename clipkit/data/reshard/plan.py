@@ -16,14 +16,20 @@ from numpy.typing import NDArray
 
 from clipkit.data.key_table import KeyTable
 from clipkit.data.order import hash_key, permuted
+from clipkit.data.preflight import fields_in, nearest_field
+from clipkit.data.query import Seen
 from clipkit.data.reshard.job import SIDES, Reshard, read_job
-from clipkit.data.reshard.select import ROW, Rows, choices_path, subset_stem
+from clipkit.data.reshard.named import Keyed, found_path, without_sample
+from clipkit.data.reshard.select import FIELDS, ROW, SUBSET, Rows, choices_path, fields_stem, subset_stem
 from clipkit.data.tar_index import replacing
+from clipkit.data.uid_subset import UidSubset
 from clipkit.types import DataError
 
 _BLOCK = 1 << 18  # rows in memory at a time
 _HASHES = 1 << 23  # hashes sorted at a time: 64 MB
 PLAN = "plan"
+_NOWHERE = "where: fields that were looked up and never found"
+_UNFIT = "where: comparisons that no values fitted"
 _CURE = "correct what chooses samples; of a split, give larger shares or smaller groups"
 
 
@@ -42,13 +48,14 @@ class Plan:
     """What every output shard holds. The arrays lie in files of `folder` and are mapped.
 
     cuts     per side, the positions where its shards begin, and its number of samples
-    counts   what was counted while the input was walked
+    counts   what was counted while the input was walked; examples: the first of what has a name
     """
 
     folder: Path
     job: Reshard
     cuts: tuple[tuple[int, ...], ...]
     counts: dict[str, int]
+    examples: dict[str, tuple[str, ...]]
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -93,31 +100,33 @@ def read_plan(folder: Path) -> Plan:
 
 def plan_of(job: Reshard, folder: Path, record: Mapping[str, Any]) -> Plan:
     """Returns the plan that a record describes."""
-    return Plan(folder, job, tuple(map(tuple, record["cuts"])), record["counts"])
+    examples = {name: tuple(keys) for name, keys in record["examples"].items()}
+    return Plan(folder, job, tuple(map(tuple, record["cuts"])), record["counts"], examples)
 
 
-def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> Plan:
-    """Returns the plan, from the choices of all input shards, which lie in `folder` and are removed.
-
-    Raises DataError when a side would be empty.
+def make_plan(job: Reshard, folder: Path, walked: Sequence[dict[str, dict[str, Any]]]) -> Plan:
+    """Returns the plan, from the choices of all input shards, which lie in `folder`; walked: of each shard
+    what `choose` returned. Raises DataError when a side would be empty.
     """
     total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    if job.fields is not None and not total["with a row in the table"]:
-        raise DataError(
-            f"{job.fields}: no key of it is that of a sample ({total['without a row in the table']:,} tried)",
-            "name its key column with --key, and the field of the samples it means with --match",
-        )
+    seen = Seen()
+    for each in walked:
+        total.update(each["counts"])
+        seen.add(Seen(**each["seen"]))
+    examples = _count_unnamed(job, folder, len(walked), total)
+    for name, parts in ((_NOWHERE, seen.fields), (_UNFIT, seen.comparisons)):
+        examples[name] = tuple(part for part, known in parts.items() if not known)
+        total[name] = len(examples[name])
     if job.group is not None and 0 < total["kept"] == total["without a group"]:
         raise DataError(
             f"none of {total['kept']:,} samples has {job.group}",
             "name the field with --group, as json.NAME; leave it out to split sample by sample",
         )
-    lengths = _gather(job, folder, len(counts))
+    lengths = _gather(job, folder, len(walked))
     for name, length in zip(SIDES, lengths, strict=False):
         if not length:
-            raise DataError(_nothing_left(total, name if job.split else ""), _CURE)
+            cure = _cure(job, examples) if not total["kept"] else _CURE
+            raise DataError(_nothing_left(total, name if job.split else "", examples), cure)
     repeated = 0
     with replacing(_repeated_path(folder)) as out:
         by_key = _chosen_by_key(job, folder)
@@ -127,9 +136,37 @@ def make_plan(job: Reshard, folder: Path, counts: Sequence[dict[str, int]]) -> P
     total["keys used more than once"] = 0 if job.rekey else repeated
     if by_key:
         total["keys of the subset that several samples have"] = repeated
-    plan = Plan(folder, job, tuple((0, length) for length in lengths), dict(total))
+    plan = Plan(folder, job, tuple((0, length) for length in lengths), dict(total), examples)
     cuts = tuple(tuple(_cuts(plan, side, length)) for side, length in enumerate(lengths))
-    return Plan(folder, job, cuts, dict(total))
+    return Plan(folder, job, cuts, dict(total), examples)
+
+
+def _count_unnamed(
+    job: Reshard, folder: Path, inputs: int, total: Counter[str]
+) -> dict[str, tuple[str, ...]]:
+    """Counts the keys of lists and tables that name no sample; returns the first of them by what they are
+    counted as. DataError where none of them names one.
+    """
+    given: list[tuple[str, Path, Keyed, str]] = []
+    if job.subset is not None:
+        keys = UidSubset(job.subset) if job.uids else KeyTable(subset_stem(folder))
+        given.append((SUBSET, job.subset, keys, "keys of the subset that name no sample"))
+    if job.fields is not None:
+        of = " of the subset" if job.subset_table is not None else ""
+        given.append(
+            (FIELDS, job.fields, KeyTable(fields_stem(folder)), f"keys of the table that name no sample{of}")
+        )
+    examples = {}
+    for kind, path, table, name in given:
+        found = (found_path(folder, kind, number) for number in range(inputs))
+        total[name], examples[name] = without_sample(table, found)
+        if total[name] == len(table) and total["samples read"]:
+            raise DataError(
+                f"{path}: no key of it is that of a sample (first: {', '.join(examples[name])}; "
+                f"{total['samples read']:,} samples)",
+                "name its key column with --key, and the field of the samples it means with --match",
+            )
+    return examples
 
 
 def _chosen_by_key(job: Reshard, folder: Path) -> bool:
@@ -139,9 +176,11 @@ def _chosen_by_key(job: Reshard, folder: Path) -> bool:
 
 
 def remove_choices(folder: Path, inputs: int) -> None:
-    """Removes the choices that a recorded plan was made from."""
+    """Removes the choices that a recorded plan was made from, and what was found."""
     for number in range(inputs):
         choices_path(folder, number).unlink(missing_ok=True)
+        for kind in (SUBSET, FIELDS):
+            found_path(folder, kind, number).unlink(missing_ok=True)
 
 
 def _gather(job: Reshard, folder: Path, inputs: int) -> list[int]:
@@ -205,9 +244,21 @@ def _repeated_path(folder: Path) -> Path:
     return folder / "repeated"
 
 
-def _nothing_left(counts: Counter[str], side: str) -> str:
+def _cure(job: Reshard, examples: Mapping[str, tuple[str, ...]]) -> str:
+    """What to do when no sample is left."""
+    if nowhere := examples[_NOWHERE]:
+        table = job.fields_table
+        joined = () if table is None or job.as_text else table.resolved().columns or ()
+        near = nearest_field(nowhere[0], {*fields_in(job.shards), *(f"json.{name}" for name in joined)})
+        return f"did you mean {near}?" if near else f"name fields that there are in --where, not {nowhere[0]}"
+    if examples[_UNFIT]:
+        return "compare numbers with numbers and text with text in --where: 7 is a number, '7' is text"
+    return _CURE
+
+
+def _nothing_left(counts: Counter[str], side: str, examples: Mapping[str, tuple[str, ...]]) -> str:
     reasons = ", ".join(
-        f"{count:,} {name}"
+        f"{count:,} {name}" + (f": {'; '.join(examples[name])}" if examples.get(name) else "")
         for name, count in sorted(counts.items())
         if count and name not in ("samples read", "kept")
     )

@@ -93,7 +93,7 @@ class Resharding:
             self._tables(folder)
             try:
                 plan = make_plan(self.job, folder, self._walk(folder))
-                record = {"cuts": plan.cuts, "counts": plan.counts}
+                record = {"cuts": plan.cuts, "counts": plan.counts, "examples": plan.examples}
                 work.put(PLAN, record)
             except FileNotFoundError:
                 # Another machine that shares the job made the same plan meanwhile, and cleaned up.
@@ -167,24 +167,24 @@ class Resharding:
             (self.job.fields_table, fields_stem(folder), True),
         ]
         if self.job.uids and self.job.subset is not None:
-            UidSubset(self.job.subset)  # refused now, not by every worker
+            UidSubset(self.job.subset).check_sorted()  # once, not by every worker
         for spec, stem, unique in specs:
             if spec is not None:
                 build_key_table(spec, stem, unique, lambda rows: self.progress("table rows", rows, rows))
 
-    def _walk(self, folder: Path) -> list[dict[str, int]]:
+    def _walk(self, folder: Path) -> list[dict[str, dict[str, Any]]]:
         total = len(self.job.shards)
         paths = [choices_path(folder, number) for number in range(total)]
         known = [self._work.get(path.stem) if path.is_file() else None for path in paths]
-        pending = [number for number, counts in enumerate(known) if counts is None]
+        pending = [number for number, record in enumerate(known) if record is None]
         parts = ((folder, number) for number in pending)
-        for done, (number, counts) in enumerate(
+        for done, (number, record) in enumerate(
             zip(pending, self.engine.map(choose, parts), strict=True), total - len(pending) + 1
         ):
-            self._work.put(paths[number].stem, counts)
-            known[number] = counts
+            self._work.put(paths[number].stem, record)
+            known[number] = record
             self.progress("shards read", done, total)
-        return [counts for counts in known if counts is not None]
+        return [record for record in known if record is not None]
 
 
 def _output(number: int) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clipkit.cli.app import main
 from clipkit.data import hard_captions
-from clipkit.data.curation import selection
+from clipkit.data.curation import duplicates, selection
 from tests.data.curation.test_rules import datacomp_threshold, published_matches
 from tests.data.makers import Members, encoded, png, write_tar
 
@@ -175,6 +175,22 @@ def test_scores_of_a_field_decide_by_the_published_rule(
     assert keys(tmp_path / "b") == wanted
 
 
+def test_scores_of_another_job_are_not_replaced(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "s.csv"
+    scores.write_text("of hours of work")
+    by_field = ("--clip-score", "json.score", "--min", 0.3, "--scores-out", scores)
+    assert run("filter", pool, "--out", tmp_path / "a", *by_field) == 2
+    assert f"--scores-out {scores} exists" in capsys.readouterr().err
+    assert scores.read_text() == "of hours of work"
+    assert not (tmp_path / "a").exists()
+    assert run("filter", pool, "--out", tmp_path / "a", *by_field, "--overwrite") == 0
+    by_table = ("--clip-score", scores, "--min", 0.3, "--scores-out", scores)
+    assert run("filter", pool, "--out", tmp_path / "b", *by_table, "--overwrite") == 2
+    assert "is read by this job" in capsys.readouterr().err
+
+
 def test_tables_are_parquet_where_the_name_says_so(pool: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     scores, kept = tmp_path / "scores.parquet", tmp_path / "kept.parquet"
@@ -290,6 +306,36 @@ def test_evaluation_images_are_found_and_removed(planted: Path, tmp_path: Path) 
     assert keys(tmp_path / "both") == [n for n in range(12) if n not in (4, 7, 9, 10)]
 
 
+def test_samples_of_other_shards_are_found_and_removed(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    resized = encoded(photo(4).resize((50, 80)), "JPEG", quality=70)
+    write_tar(trained / "0.tar", [sample(100, "x", resized), sample(101, "y", encoded(photo(77), "PNG"))])
+    write_tar(
+        trained / "1.tar", [sample(102, "z", b"no picture"), sample(103, "z", encoded(photo(7), "PNG"))]
+    )
+    (tmp_path / "set" / "cup").mkdir(parents=True)
+    photo(5).save(tmp_path / "set" / "cup" / "x.png")
+    against = ("--against", trained, "--against", tmp_path / "set")
+    assert run("dedup", planted, "--out", tmp_path / "out", *against, "--workers", 2) == 0
+    assert "1 samples of --against cannot be decoded" in capsys.readouterr().out
+    assert keys(tmp_path / "out") == [n for n in range(12) if n not in (4, 5, 7)]
+    matches = lines(tmp_path / "out" / "evaluation_matches.jsonl")
+    names = {int(line["key"]): line["image"].rpartition("/set/")[2] for line in matches}
+    assert names == {4: "0.tar/000100", 5: "cup/x.png", 7: "1.tar/000103"}
+    monkeypatch.setattr(duplicates, "_TOGETHER", 1)  # shard by shard
+    assert run("dedup", planted, "--out", tmp_path / "again", *against) == 0
+    assert lines(tmp_path / "again" / "evaluation_matches.jsonl") == matches
+    some = ("--against", trained / "1.tar")
+    assert run("dedup", planted, "--out", tmp_path / "some", *some) == 0
+    assert keys(tmp_path / "some") == [n for n in range(12) if n != 7]
+    assert run("dedup", planted, "--out", tmp_path / "self", "--against", planted) == 2
+    assert "is among the shards and in --against" in capsys.readouterr().err
+    assert not (tmp_path / "self").exists()
+
+
 def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path) -> None:
     pytest.importorskip("usearch")
     vectors = np.eye(12, 16, dtype=np.float32)
@@ -300,6 +346,11 @@ def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path
     assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", *given) == 0
     with (tmp_path / "k.csv").open(newline="") as stream:
         assert [int(row["key"]) for row in csv.DictReader(stream)] == [n for n in range(12) if n != 7]
+    # Embeddings of a file are of the set alone: pictures of others are compared by phash.
+    (tmp_path / "set" / "cup").mkdir(parents=True)
+    photo(3).save(tmp_path / "set" / "cup" / "x.png")
+    assert run("dedup", planted, "--out", tmp_path / "out", *given, "--against", tmp_path / "set") == 0
+    assert keys(tmp_path / "out") == [n for n in range(12) if n not in (3, 7, 11)]
     np.save(tmp_path / "v.npy", vectors[:5])
     assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", "--overwrite", *given) == 3
 
@@ -313,7 +364,11 @@ BAD: list[tuple[list[str], int, str]] = [
     (["filter", "POOL", "--out", "OUT", "--min", "0.3"], 2, "need scores"),
     (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--min", "1", "--top", "0.1"], 2, "exclude"),
     (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--top", "1.5"], 2, "not within"),
-    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.no", "--top", "0.5"], 3, "no sample has"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.no", "--top", "0.5"], 3, "anything at json.no"),
+    (["filter", "POOL", "--out", "OUT", "--basic", "--caption", "json.text"], 3, "anything at json.text"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.scor", "--min", "0.1"], 3, "mean json.score?"),
+    (["filter", "POOL", "--out", "OUT", "--language", "en"], 3, "anything at json.language"),
+    (["dedup", "POOL", "--out", "OUT", "--by", "caption", "--caption", "json.c"], 3, "55 missing caption"),
     (["filter", "POOL", "--out", "OUT", "--clip-score", "none.csv", "--top", "0.5"], 2, "none.csv"),
     (["filter", "POOL", "--out", "OUT", "--clip-score", "no/model", "--top", "0.5"], 2, "no/model"),
     (["filter", "POOL", "--out", "OUT", "--balance", "none.txt"], 2, "none.txt"),
@@ -357,6 +412,23 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     if captured.startswith("error:"):
         assert len(captured.splitlines()) == 2
     assert not list(Path(names["OUT"]).glob("*.tar"))
+
+
+def test_what_is_refused_leaves_nothing_behind(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "readme.md").write_text("no images")
+    write_tar(tmp_path / "broken.tar", [])
+    (tmp_path / "broken.tar").write_bytes((pool / "000.tar").read_bytes()[:5000])
+    for arguments in (
+        ["dedup", pool, "--against", tmp_path / "text"],
+        ["dedup", pool, "--against", tmp_path / "broken.tar"],
+        ["filter", pool, "--basic", "--caption", "json.nope"],
+        ["filter", tmp_path / "broken.tar", "--basic"],
+    ):
+        assert run(*arguments, "--out", tmp_path / "out") in (2, 3)
+        assert not (tmp_path / "out").exists(), arguments
+        assert run(*arguments, "--keys-out", tmp_path / "keys.csv") in (2, 3)
+        assert not list(tmp_path.glob("keys*")), arguments
 
 
 def test_the_programs_run_and_load_no_torch(pool: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.data.buckets import Buckets
 from clipkit.data.curation.duplicates import Deduplication, Likeness, run_dedup
-from clipkit.data.curation.groups import Buckets, Components, repeated, similar_pairs, similar_to
+from clipkit.data.curation.evaluation import Evaluation
+from clipkit.data.curation.groups import Components, repeated, similar_pairs, similar_to
 from clipkit.data.curation.hashes import EXACT, exact_digest, perceptual_hash
-from clipkit.data.curation.pictures import Evaluation
 from clipkit.data.curation.selection import Target
 from clipkit.data.curation.similar import join_similar, similar_rows
 from clipkit.data.curation.survey import rows_of
@@ -197,6 +198,14 @@ def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
     assert (cosines >= 0.95).all()
 
 
+class Single:
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, index: int) -> str:
+        return "e"
+
+
 def test_a_pair_that_matches_by_hash_and_by_embedding_is_one_pair(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8))
     members = [
@@ -205,7 +214,7 @@ def test_a_pair_that_matches_by_hash_and_by_embedding_is_one_pair(tmp_path: Path
     ]  # fmt: skip
     write_tar(tmp_path / "0.tar", members)
     hashes = np.array([perceptual_hash(image)], np.uint64)
-    evaluation = Evaluation(("e",), hashes, np.array([True]), np.array([[1, 0]], np.float32))
+    evaluation = Evaluation((Single(),), hashes, np.array([True]), np.array([[1, 0]], np.float32))
     job = Deduplication(
         Likeness((), phash=True, cosine=0.9), Target(tmp_path / "out", None), (),
         embedded_by=("m",), evaluation_sets=("e",),
