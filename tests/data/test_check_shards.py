@@ -119,6 +119,33 @@ def test_every_damage_of_the_matrix_is_found_and_repaired(tmp_path: Path) -> Non
     assert wrong == [], "\n".join(wrong)
 
 
+@pytest.mark.parametrize("missing", ["end", "blocks", "padding", "all padding"])
+def test_a_whole_last_member_without_the_bytes_behind_it(tmp_path: Path, missing: str) -> None:
+    """One finding, of that member, and and no sample is lost."""
+    samples = [sample(number) for number in range(3)]
+    whole = tar_bytes(samples)
+    name, caption = samples[-1][-1]
+    data = header_of(whole, name) + 512
+    kept = {
+        "end": data + 512 + 5,
+        "blocks": data + 512,
+        "padding": data + 300,
+        "all padding": len(caption) + data,
+    }
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes(whole[: kept[missing]])
+    assert shard.read_bytes()[data : data + len(caption)] == caption
+    shards, found = check(tmp_path)
+    (finding,) = found.first
+    assert (finding.kind, finding.member, finding.severity) == ("cut tar", name, ERROR)
+    assert finding.detail.startswith("no end-of-archive marker")
+    assert "--repair" in finding.cure
+    with pytest.raises(DataError, match=f"no end-of-archive marker.*after member '{name}'"):
+        scan_shard(str(shard))
+    assert repair_set(shards, found, RULES, tmp_path / "out", Engine()).samples == 3
+    assert contents(tmp_path / "out" / shard.name) == dict(entry for members in samples for entry in members)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three clean shards with their lists, by clipkit's own writer."""
