@@ -16,6 +16,11 @@ from typing import TextIO
 from clipkit.types import ConfigError, DataError
 
 ARCHIVE = "images.zip"
+# Names that others give to columns of captions, the most telling first.
+CAPTION_COLUMNS = (
+    *("caption", "captions", "title", "text", "description"),
+    *("alt", "alt_text", "txt", "sentence", "prompt"),
+)
 TAB_SUFFIXES = (".tsv", ".tab")
 # Of an image; ValueError: a name with a NUL character or half a surrogate pair.
 UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)

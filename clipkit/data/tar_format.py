@@ -31,6 +31,8 @@ _EXTENDED = b"xXgLK"  # kinds of headers that speak of the member after them
 # Bytes read at a time for the next header: it is near as a rule, and thousands may be sought in one shard.
 _FIRST_SEARCH, _SEARCH = 16 << 10, 4 << 20
 
+_NO_PADDING = "no end-of-archive marker: the file ends in the padding behind the last member, which is whole"
+
 Read = Callable[[int, int], bytes]
 
 
@@ -114,13 +116,12 @@ def walk(
         data = offset + BLOCK
         size = header.size if size_override is None else size_override
         following = data + -(-size // BLOCK) * BLOCK
-        whole_payload = header.kind in _FILES and data + size <= end < following
-        if following > end and not whole_payload:
-            present = max(0, end - data)
-            name = path or header.name
-            raise _damage(
-                shard, offset, last, f"{name!r} claims {size} bytes, {present} are there (file cut)", CLAIMS
+        unpadded = header.kind in _FILES and data + size <= end < following
+        if following > end and not unpadded:
+            problem = (
+                f"{path or header.name!r} claims {size} bytes, {max(0, end - data)} are there (file cut)"
             )
+            raise _damage(shard, offset, last, problem, CLAIMS)
         if header.kind in "xXgL":
             if size > MAX_EXTENDED:
                 raise _damage(shard, offset, last, f"extended header of {size} bytes", EXTENDED)
@@ -133,21 +134,15 @@ def walk(
             name = _safe_name(path or header.name, shard, offset)
             yield Member(name, start, data, size)
             last, path, size_override = name, None, None
-            if whole_payload:
-                problem = "the file ends in the padding behind the last member, which is whole"
-                raise _damage(shard, end, last, f"no end-of-archive marker: {problem}", CUT)
+            if unpadded:
+                raise _damage(shard, end, last, _NO_PADDING, CUT)
             start = following
         elif header.kind == "5":
             path, size_override = None, None
             start = following
         elif header.kind != "K":
-            raise _damage(
-                shard,
-                offset,
-                path or header.name,
-                f"member of type {header.kind!r}; only files are allowed",
-                NOT_A_FILE,
-            )
+            problem = f"member of type {header.kind!r}; only files are allowed"
+            raise _damage(shard, offset, path or header.name, problem, NOT_A_FILE)
         offset = following
 
 

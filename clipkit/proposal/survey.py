@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from clipkit.data.describing.scripts import script_of
-from clipkit.data.making.tables import CAPTION_COLUMNS
 from clipkit.data.sample import RawSample, Unusable, decode_image, image_bytes, parse_chunk
 from clipkit.data.scan import scan_shard
+from clipkit.data.tables import CAPTION_COLUMNS
 from clipkit.proposal.sampling import Sampled
 from clipkit.types import DataError
 

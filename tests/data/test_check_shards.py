@@ -264,6 +264,15 @@ def test_keys_in_several_shards_are_named(tmp_path: Path) -> None:
     assert found.first[1].byte == header_of((folder / "2.tar").read_bytes(), f"{key(5)}.jpg")
 
 
+def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    shards = [tmp_path / name / "0.tar" for name in "ab"]
+    for shard in shards:
+        shard.parent.mkdir()
+        shard.write_bytes(tar_bytes([sample(1)]))
+    (finding,) = check_set([*map(str, shards)], range(2), RULES, Engine()).first
+    assert (finding.shard, finding.detail) == (str(shards[1]), f"also in {shards[0]}")
+
+
 @pytest.fixture(params=["classes", "captions"])
 def evaluation(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A set in CLIP_benchmark layout with two shards, by clipkit's own writer."""

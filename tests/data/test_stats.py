@@ -21,12 +21,15 @@ import pytest
 from PIL import Image
 
 from clipkit.cli import main
+from clipkit.data.captions import DRAWN, CaptionRules, SlotCaptions, field_captions, slot_key
 from clipkit.data.describing.job import describe_set
 from clipkit.data.describing.scripts import script_of
 from clipkit.data.describing.shard import Description
 from clipkit.data.describing.summary import NAMED, Summary, lines_of, quantile, shown
 from clipkit.data.describing.tokens import TokenRule, counter, rule_of
 from clipkit.data.engine import Engine
+from clipkit.data.options import CaptionField
+from clipkit.data.sample import Absent, RawSample
 from clipkit.proposal.survey import FieldFacts
 from clipkit.types import ConfigError
 from tests.commands import fails
@@ -236,6 +239,20 @@ def test_what_is_not_shown_by_name_is_summed_up() -> None:
     # One caption of each script is too long.
     assert [round(share * total / 100) for _, share, total in found] == [1] * 8 + [12]
     assert [total for _, total in shown(counts, 12)] == [*range(20, 8, -1), sum(range(1, 9))]
+
+
+def test_the_captions_of_a_field_are_those_that_training_may_draw() -> None:
+    """Against the draw itself, over so many slots that every entry comes up."""
+    document = json.dumps({"many": ["a", " ", "b", None, "a"], "none": [" "]}).encode()
+    members = {"json": (0, len(document)), "txt": (len(document), len(document) + 8)}
+    sample = RawSample("0", members, document + b"x\n\n y z\n")
+    for field in (CaptionField("json.many"), CaptionField("txt"), CaptionField("txt", lines=True)):
+        rules = CaptionRules((field,))
+        drawn = {SlotCaptions(rules, sample, slot_key(0, 0, slot)).caption(DRAWN) for slot in range(200)}
+        assert set(field_captions(sample, field)) == drawn
+    assert field_captions(sample, CaptionField("json.many")) == ["a", "b", "a"]
+    with pytest.raises(Absent):
+        field_captions(sample, CaptionField("json.none"))
 
 
 def test_init_and_stats_call_scripts_by_the_same_names() -> None:

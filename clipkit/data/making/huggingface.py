@@ -11,14 +11,13 @@ from typing import Any
 from clipkit.data.making.annotations import choose_splits
 from clipkit.data.making.collection import Entry, Found, Images, Reading
 from clipkit.data.making.tables import (
-    CAPTION_COLUMNS,
     caption_texts,
     checked,
     columns_used,
     jsonable,
     with_templates,
 )
-from clipkit.data.tables import find_root
+from clipkit.data.tables import CAPTION_COLUMNS, find_root
 from clipkit.types import ConfigError, DataError
 
 

@@ -12,14 +12,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.data.making.collection import Entry, Found, Images, Reading
-from clipkit.data.tables import TAB_SUFFIXES, find_root, read_columns, stream_rows, table_suffix
+from clipkit.data.tables import (
+    CAPTION_COLUMNS,
+    TAB_SUFFIXES,
+    find_root,
+    read_columns,
+    stream_rows,
+    table_suffix,
+)
 from clipkit.types import ConfigError, DataError
 
 TABLE_SUFFIXES = (".csv", *TAB_SUFFIXES, ".parquet", ".pq")
 PARQUET_SUFFIXES = (".parquet", ".pq")
-# Names that others give to these columns, the most telling first.
+# Names that others give to columns of images, the most telling first.
 IMAGE_COLUMNS = ("filepath", "file_name", "filename", "image_path", "image", "path", "file", "img", "jpg")
-CAPTION_COLUMNS = ("caption", "captions", "title", "text", "description", "txt", "sentence", "prompt")
 DEFAULT_TEMPLATES = ("a photo of a {c}",)
 _CURE = "name the columns with --image-key, --caption-key and --keep"
 
