@@ -29,7 +29,7 @@ UNREADABLE_TABLE = (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error
 
 @dataclass(frozen=True)
 class RowReject:
-    """One row that cannot be a sample, and why."""
+    """One row that cannot be a sample, and why. row: from 1, the first one below the names of the columns."""
 
     row: int
     image: str
@@ -107,6 +107,16 @@ def read_columns(table: Path) -> list[str]:
         raise _unreadable(table, error) from error
 
 
+def refuse_nameless(table: Path, columns: Sequence[str]) -> None:
+    """Raises DataError for a table whose first line names no columns."""
+    if not columns:
+        cause = "its first line is empty" if table.stat().st_size else "empty (0 bytes)"
+        raise DataError(
+            f"{table}: {cause}, where the names of the columns should be",
+            "begin it with a line such as filepath,caption and add one row per image or caption",
+        )
+
+
 def _unreadable(table: Path, error: Exception) -> DataError:
     return DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file")
 
@@ -122,11 +132,10 @@ def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict
         with open_table(table) as stream:
             reader = csv.DictReader(stream, delimiter=_delimiter(table))
             found = reader.fieldnames or []
+            refuse_nameless(table, found)
             for name in columns:
                 if name not in found:
-                    raise DataError(
-                        f"{table}: no column '{name}' (found: {', '.join(found) or 'nothing'})", cure
-                    )
+                    raise DataError(f"{table}: no column '{name}' (found: {', '.join(found)})", cure)
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
@@ -138,7 +147,9 @@ def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict
     except UNREADABLE_TABLE as error:
         raise _unreadable(table, error) from error
     if empty:
-        raise DataError(f"{table}: no rows", "add one row per image or caption")
+        raise DataError(
+            f"{table}: no rows below the names of its columns", "add one row per image or caption"
+        )
 
 
 def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:
