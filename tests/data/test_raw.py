@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from clipkit.cli import main
+from clipkit.config import make_config
 from clipkit.data.options import CaptionField, Source
 from clipkit.data.raw import Made, Raw, Rules, cache, made_shards, raw_path
 from clipkit.data.raw.cache import CACHE
-from clipkit.data.raw.sharing import shards_of
+from clipkit.data.raw.sharing import refuse_unknown_columns, shards_of
 from clipkit.dist import World
+from clipkit.train.first_look import open_sources
 from clipkit.types import ConfigError, DataError
 
 Rows = list[dict[str, str]]
@@ -344,6 +346,37 @@ def test_tables_that_cannot_be_used_are_refused_in_words(tmp_path: Path, content
         make(table)
     assert "--" not in refused.value.cure, refused.value.cure
     assert not list((tmp_path / CACHE).glob("*")), "nothing is left of a set that was refused"
+
+
+def test_columns_of_every_source_are_known_before_any_shards_are_made(tmp_path: Path) -> None:
+    good, bad = write_table(tmp_path / "good"), write_table(tmp_path / "bad")
+    config = make_config(
+        {
+            "model": {"name": "ViT-B-32"},
+            "objectives": [{"name": "clip"}],
+            "data": {
+                "train": [{"shards": str(good)}, {"shards": str(bad), "captions": ["titel"]}],
+                "batch_size": 4,
+            },
+            "run": {"epochs": 1},
+        }
+    )
+    with pytest.raises(DataError, match=r"bad/pairs\.csv: no column 'titel'"):
+        open_sources(config, World())
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_lines_of_raw_data_are_refused(tmp_path: Path) -> None:
+    """Their captions have single blanks: every line would be the whole."""
+    source = Source(str(write_table(tmp_path)), (CaptionField("caption", lines=True),))
+    for use in (
+        lambda: shards_of(source, Rules(), World(), print, lambda *_: None),
+        lambda: refuse_unknown_columns([source], World()),
+    ):
+        with pytest.raises(ConfigError, match="lines: true") as refused:
+            use()
+        assert "leave `lines` out" in refused.value.cure
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 def test_captions_that_are_no_columns_are_refused(tmp_path: Path) -> None:

@@ -76,6 +76,12 @@ class Rules:
     max_reject_fraction: float = 0.01
 
 
+def check_columns(raw: Raw) -> None:
+    """Raises what `made_shards` would for columns that are not there, after a look at the first rows."""
+    with in_words(_KEYS):
+        planned(raw)
+
+
 def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
     """Returns the shards of raw data, made now unless they are there already.
 
