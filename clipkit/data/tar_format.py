@@ -121,7 +121,7 @@ def walk(
             problem = (
                 f"{path or header.name!r} claims {size} bytes, {max(0, end - data)} are there (file cut)"
             )
-            raise _damage(shard, offset, last, problem, CLAIMS)
+            raise _damage(shard, offset, last, problem, CLAIMS, path or header.name)
         if header.kind in "xXgL":
             if size > MAX_EXTENDED:
                 raise _damage(shard, offset, last, f"extended header of {size} bytes", EXTENDED)
@@ -262,10 +262,13 @@ def _cure_not_a_tar(block: bytes) -> str:
     return REPLACE_SHARD
 
 
-def _damage(shard: str, offset: int, last: str, problem: str, kind: str) -> ShardDamage:
+def _damage(
+    shard: str, offset: int, last: str, problem: str, kind: str, member: str | None = None
+) -> ShardDamage:
+    """member: the one concerned, None: only the last one before is known."""
     after = f", after member {last!r}" if last else ""
     cause = f"{shard}: {problem}, at byte {offset}{after}"
-    return ShardDamage(cause, REPLACE_SHARD, problem, kind, offset, last)
+    return ShardDamage(cause, REPLACE_SHARD, problem, kind, offset, last if member is None else member)
 
 
 def next_header(read: Read, begin: int, end: int) -> int | None:

@@ -146,6 +146,19 @@ def test_a_whole_last_member_without_the_bytes_behind_it(tmp_path: Path, missing
     assert contents(tmp_path / "out" / shard.name) == dict(entry for members in samples for entry in members)
 
 
+def test_a_member_that_is_cut_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """In the findings and in dropped.jsonl: the member before it is whole, and kept."""
+    whole = tar_bytes([sample(number) for number in range(3)])
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes(whole[: header_of(whole, f"{key(2)}.txt") + 515])
+    shards, found = check(tmp_path)
+    names = {(finding.kind, finding.member) for finding in found.first}
+    assert ("size beyond the file", f"{key(2)}.txt") in names
+    repair_set(shards, found, RULES, tmp_path / "out", Engine())
+    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert ("size beyond the file", f"{key(2)}.txt") in {(line["kind"], line["member"]) for line in dropped}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three clean shards with their lists, by clipkit's own writer."""
