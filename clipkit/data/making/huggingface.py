@@ -78,7 +78,8 @@ def read_huggingface(path: Path, reading: Reading) -> Found:
     images: Images = HubImages(str(path), chosen[0], image)
     if not inside:
         images = find_root(path / "table", reading.images, next(entries()).image)
-    used = columns_used(image, captions) if names is None else f"images in column {image}, classes in {label}"
+    used = f"images in column {image}, classes in {label}"
+    used = columns_used(image, captions, keep) if names is None else used
     return Found("huggingface", images, entries, tuple(columns), keep, used, classnames=names)
 
 

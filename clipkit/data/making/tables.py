@@ -28,6 +28,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 # Names that others give to columns of images, the most telling first.
 IMAGE_COLUMNS = ("filepath", "file_name", "filename", "image_path", "image", "path", "file", "img", "jpg")
 DEFAULT_TEMPLATES = ("a photo of a {c}",)
+_NAMED = 8  # columns that are named to people
 _CURE = "name the columns with --image-key, --caption-key and --keep"
 
 
@@ -52,13 +53,16 @@ def read_table(table: Path, reading: Reading) -> Found:
         entries=entries,
         fields=tuple(columns),
         kept=kept,
-        used=columns_used(image, captions),
+        used=columns_used(image, captions, kept),
     )
 
 
-def columns_used(image: str, captions: Sequence[str]) -> str:
+def columns_used(image: str, captions: Sequence[str], kept: Sequence[str]) -> str:
     """Returns what was taken for what, in words."""
-    return f"images in column {image}, captions in {', '.join(captions)}"
+    fields = [name for name in kept if name not in captions]
+    more = f" and {len(fields) - _NAMED} more" if len(fields) > _NAMED else ""
+    stored = f", as fields {', '.join(fields[:_NAMED])}{more}" if fields else ""
+    return f"images in column {image}, captions in {', '.join(captions)}{stored}"
 
 
 def kept_columns(
@@ -188,7 +192,7 @@ def _read_parquet(table: Path, reading: Reading) -> Found:
             yield entry if inside else checked(entry)
 
     images = ParquetImages(table, image) if inside else table_images(table, reading.images, entries)
-    return Found("parquet", images, entries, tuple(schema.names), kept, columns_used(image, captions))
+    return Found("parquet", images, entries, tuple(schema.names), kept, columns_used(image, captions, kept))
 
 
 def _parquet_rows(table: Path, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -285,6 +285,8 @@ def test_several_caption_columns_the_first_one_first(tmp_path: Path) -> None:
     assert (found["000000001"]["jpg"], found["000000001"]["txt"]) == (picture(1), b"only")
     # Each is a field, too: only so can one of them be chosen later.
     assert json.loads(found["000000000"]["json"])["alt"] == "long one"
+    used = open_collection(path, Reading(captions=("title",))).found.used
+    assert used == "images in column filepath, captions in title, as fields alt"
     assert made(path, tmp_path / "none", captions=("title", "alt"), keep=())["000000001"] == {
         "jpg": picture(1), "txt": b"only"
     }  # fmt: skip
