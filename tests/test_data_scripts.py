@@ -82,8 +82,8 @@ def test_zip_tsv_and_other_columns_give_the_same_bytes(catalogue: Path, tmp_path
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         for path in sorted((tmp_path / "images").iterdir()):
             archive.write(path, f"images/{path.name}")
-    rows = [[f"thing {number}, red", f"images/p.{number}.jpeg"] for number in range(7)]
-    table = write_table(tmp_path / "t.tsv", ["title", "file"], rows, "\t")
+    rows = [[f"thing {number}, red", f"images/p.{number}.jpeg", str(number)] for number in range(7)]
+    table = write_table(tmp_path / "t.tsv", ["title", "file", "price"], rows, "\t")
     arguments = ["--image-key", "file", "--caption-key", "title", "--images", str(tmp_path / "photos.zip")]
     for name, given in (("a", [str(catalogue)]), ("b", [str(table), *arguments]), ("c", [str(catalogue)])):
         workers = "2" if name == "c" else "1"
@@ -102,8 +102,8 @@ def test_unusable_rows_are_counted_and_named(catalogue: Path, tmp_path: Path) ->
     assert make_shards([str(catalogue), "--out", str(out), "--max-reject-fraction", "0.5"]) == 0
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert [(entry["row"], entry["reason"]) for entry in rejects] == [
-        (1, "missing image"),
-        (2, "not an image"),
+        (2, "missing image"),
+        (3, "not an image"),
     ]
     assert json.loads((out / "sizes.json").read_text()) == {"00000.tar": 5}
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.captions import DRAWN, CaptionRules, SlotCaptions, slot_key
+from clipkit.data.kept import Kept
 from clipkit.data.order import hash_key, mix, permutation
 from clipkit.data.remote import ShardBytes
 from clipkit.data.sample import RawSample, Unusable
@@ -29,7 +30,7 @@ REMOTE_RUNS, RUN = 16, 64
 class CaptionSurvey:
     """Captions as they are drawn, equal up to case and white space.
 
-    total   pairs of the set
+    total   pairs that are trained on
     read    pairs whose caption was read
     repeats int64 (distinct captions,), how many of these pairs have each
     sampled whether only some pairs of the set were looked at
@@ -78,28 +79,35 @@ class CaptionSurvey:
         )
 
 
-def survey_captions(index: Index, source: ShardBytes, rules: CaptionRules, seed: int) -> CaptionSurvey:
+def survey_captions(kept: Kept, source: ShardBytes, rules: CaptionRules, seed: int) -> CaptionSurvey:
     """Returns how often the captions of a set repeat: of every pair up to 50,000, of a sample beyond.
 
-    The same pairs and captions for the same seed. Unusable samples are left out, and so is what is out of
-    reach: both are counted where they are trained on.
+    What is held out is in no batch, and is left out. The same pairs and captions for the same seed. Unusable
+    samples are left out, and so is what is out of reach: both are counted where they are trained on.
     """
+    index = kept.index
     labels: list[int] = []
     extensions = {entry.field.partition(".")[0] for entry in rules.fields}
     runs = _runs(index, seed)
     for shard, first, count in runs:
+        begin = int(index.first_id[shard]) + first
+        held = set(kept.held[slice(*np.searchsorted(kept.held, (begin, begin + count)))].tolist())
         try:
-            for number, sample in enumerate(_captions(index, source, shard, first, count, extensions), first):
-                key = slot_key(seed, 0, int(index.first_id[shard]) + number)
+            for identity, sample in enumerate(
+                _captions(index, source, shard, first, count, extensions), begin
+            ):
+                if identity in held:
+                    continue
+                drawn = SlotCaptions(rules, sample, slot_key(seed, 0, identity))
                 try:
-                    labels.append(caption_label(SlotCaptions(rules, sample, key).caption(DRAWN)))
+                    labels.append(caption_label(drawn.caption(DRAWN)))
                 except Unusable:
                     continue
         except Unreadable:
             continue
     distinct, repeats = np.unique(np.array(labels, dtype=np.int64), return_counts=True)
     sampled = sum(count for _, _, count in runs) < index.num_samples
-    return CaptionSurvey(index.num_samples, len(labels), repeats.astype(np.int64), sampled, distinct)
+    return CaptionSurvey(kept.num_samples, len(labels), repeats.astype(np.int64), sampled, distinct)
 
 
 def none_of(others: int, drawn: int, pairs: int) -> float:

@@ -120,6 +120,14 @@ def _usable(sample: RawSample, entry: CaptionField) -> list[Any]:
     return kept
 
 
+def field_captions(sample: RawSample, entry: CaptionField) -> list[str]:
+    """Returns every caption that may be drawn at a field, in order; blank ones are passed over.
+
+    Raises Unusable for one that is damaged, and Absent where there is none.
+    """
+    return [checked_caption(text, entry.field) for text in _usable(sample, entry)]
+
+
 def _blank(text: Any) -> bool:
     return text is None or (isinstance(text, str) and not text.removeprefix("\ufeff").strip())
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from clipkit import dist
+from clipkit.data.captions import field_captions
 from clipkit.data.kept import Kept
 from clipkit.data.options import CaptionField, LoaderOptions, Storage
 from clipkit.data.remote import ShardBytes
@@ -15,8 +16,6 @@ from clipkit.data.sample import (
     Absent,
     RawSample,
     Unusable,
-    caption_entries,
-    checked_caption,
     decode_image,
     image_bytes,
 )
@@ -99,7 +98,7 @@ def _checked(
 ) -> tuple[str, ...] | Refused:
     sample = read_samples(index, source, *index.locate(sample_id), 1)[sample_id]
     try:
-        texts = captions_of(sample, fields)
+        texts = _distinct(sample, fields)
         decode_image(image_bytes(sample), max_pixels)
     except Unusable as problem:
         shard = index.shards[index.locate(sample_id)[0]]
@@ -107,7 +106,7 @@ def _checked(
     return texts
 
 
-def captions_of(sample: RawSample, fields: Sequence[CaptionField]) -> tuple[str, ...]:
+def _distinct(sample: RawSample, fields: Sequence[CaptionField]) -> tuple[str, ...]:
     """Returns all distinct captions at these fields, in order: each one that training may draw.
 
     A field or an entry that is absent is passed over. Raises Unusable when there is no caption at all.
@@ -116,15 +115,9 @@ def captions_of(sample: RawSample, fields: Sequence[CaptionField]) -> tuple[str,
     missing: Absent | None = None
     for field in fields:
         try:
-            entries = caption_entries(sample, field.field, field.lines)
+            found |= dict.fromkeys(field_captions(sample, field))
         except Absent as absent:
             missing = missing or absent
-            continue
-        for entry in entries:
-            try:
-                found[checked_caption(entry, field.field)] = None
-            except Absent as absent:
-                missing = missing or absent
     if not found:
-        raise missing or Absent("missing caption", "an empty list")
+        raise missing or Absent("missing caption", "no field is named")
     return tuple(found)

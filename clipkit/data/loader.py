@@ -341,5 +341,5 @@ def _open_indexed(
     if kept.sha:
         stream.held = (HeldOut(kept, options.sources[0].captions),)
     if DRAWN in recipe.sources:
-        stream.survey = partial(survey_captions, index, source, recipe.captions, options.seed)
+        stream.survey = partial(survey_captions, kept, source, recipe.captions, options.seed)
     return stream

@@ -209,7 +209,7 @@ def open_mixture(
     )
     if DRAWN in recipes[0].sources:
         read = [
-            (source.kept.index, source.bytes, recipe.captions)
+            (source.kept, source.bytes, recipe.captions)
             for source, recipe in zip(opened, recipes, strict=True)
         ]
         stream.survey = partial(survey_mixture, read, mixture.parts, options.seed)

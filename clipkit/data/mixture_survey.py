@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from clipkit.data.caption_survey import CaptionSurvey, none_of, survey_captions
 from clipkit.data.captions import CaptionRules
+from clipkit.data.kept import Kept
 from clipkit.data.remote import ShardBytes
-from clipkit.data.tar_index import Index
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MixtureSurvey:
 
 
 def survey_mixture(
-    sources: Sequence[tuple[Index, ShardBytes, CaptionRules]], parts: tuple[int, ...], seed: int
+    sources: Sequence[tuple[Kept, ShardBytes, CaptionRules]], parts: tuple[int, ...], seed: int
 ) -> MixtureSurvey:
     """Returns how often the captions of a mixture repeat, from as many pairs of each source as of a set."""
     return MixtureSurvey(tuple(survey_captions(*source, seed) for source in sources), parts)

@@ -20,6 +20,11 @@ from typing import Any, TextIO
 from clipkit.types import ConfigError, DataError
 
 ARCHIVE = "images.zip"
+# Names that others give to columns of captions, the most telling first.
+CAPTION_COLUMNS = (
+    *("caption", "captions", "title", "text", "description"),
+    *("alt", "alt_text", "txt", "sentence", "prompt"),
+)
 TAB_SUFFIXES = (".tsv", ".tab")
 # Of an image; ValueError: a name with a NUL character or half a surrogate pair.
 UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -28,7 +33,7 @@ UNREADABLE_TABLE = (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error
 
 @dataclass(frozen=True)
 class RowReject:
-    """One row that cannot be a sample, and why."""
+    """One row that cannot be a sample, and why. row: from 1, the first one below the names of the columns."""
 
     row: int
     image: str
@@ -106,6 +111,16 @@ def read_columns(table: Path) -> list[str]:
         raise _unreadable(table, error) from error
 
 
+def refuse_nameless(table: Path, columns: Sequence[str]) -> None:
+    """Raises DataError for a table whose first line names no columns."""
+    if not columns:
+        cause = "its first line is empty" if table.stat().st_size else "empty (0 bytes)"
+        raise DataError(
+            f"{table}: {cause}, where the names of the columns should be",
+            "begin it with a line such as filepath,caption and add one row per image or caption",
+        )
+
+
 def _unreadable(table: Path, error: Exception) -> DataError:
     return DataError(f"{table}: cannot be read ({error})", "save it as a UTF-8 CSV or TSV file")
 
@@ -121,11 +136,10 @@ def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict
         with open_table(table) as stream:
             reader = csv.DictReader(stream, delimiter=_delimiter(table))
             found = reader.fieldnames or []
+            refuse_nameless(table, found)
             for name in columns:
                 if name not in found:
-                    raise DataError(
-                        f"{table}: no column '{name}' (found: {', '.join(found) or 'nothing'})", cure
-                    )
+                    raise DataError(f"{table}: no column '{name}' (found: {', '.join(found)})", cure)
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
@@ -137,7 +151,9 @@ def stream_rows(table: Path, columns: Sequence[str], cure: str) -> Iterator[dict
     except UNREADABLE_TABLE as error:
         raise _unreadable(table, error) from error
     if empty:
-        raise DataError(f"{table}: no rows", "add one row per image or caption")
+        raise DataError(
+            f"{table}: no rows below the names of its columns", "add one row per image or caption"
+        )
 
 
 def read_rows(table: Path, columns: Sequence[str], cure: str) -> list[dict[str, str]]:

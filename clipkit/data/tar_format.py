@@ -22,13 +22,16 @@ REPLACE_SHARD = "write or download the shard again, or take it out of the list o
 
 # Kinds of damage.
 CLAIMS, EXTENDED, NOT_A_FILE = "size beyond the file", "bad extended header", "not a file"
-NOT_A_TAR, UNSAFE_NAME = "not a tar", "unsafe name"
+NOT_A_TAR, UNSAFE_NAME, CUT = "not a tar", "unsafe name", "cut tar"
 
 MAGIC = b"ustar"  # of ustar, GNU and PAX headers, at byte 257
 _MAGIC_AT = 257
+_FILES = "0\x007"  # kinds of headers of plain files
 _EXTENDED = b"xXgLK"  # kinds of headers that speak of the member after them
 # Bytes read at a time for the next header: it is near as a rule, and thousands may be sought in one shard.
 _FIRST_SEARCH, _SEARCH = 16 << 10, 4 << 20
+
+_NO_PADDING = "no end-of-archive marker: the file ends in the padding behind the last member, which is whole"
 
 Read = Callable[[int, int], bytes]
 
@@ -102,7 +105,7 @@ def walk(
             return
         block = read(offset, min(BLOCK, end - offset))
         if len(block) < BLOCK:
-            raise _damage(shard, offset, last, _cut_reason(offset, end, len(block)), "cut tar")
+            raise _damage(shard, offset, last, _cut_reason(offset, end, block), CUT)
         if not any(block):
             if not whole or start != offset:
                 raise _damage(shard, offset, last, "a zero block where a header should be", "zeros")
@@ -113,12 +116,12 @@ def walk(
         data = offset + BLOCK
         size = header.size if size_override is None else size_override
         following = data + -(-size // BLOCK) * BLOCK
-        if following > end:
-            present = max(0, end - data)
-            name = path or header.name
-            raise _damage(
-                shard, offset, last, f"{name!r} claims {size} bytes, {present} are there (file cut)", CLAIMS
+        unpadded = header.kind in _FILES and data + size <= end < following
+        if following > end and not unpadded:
+            problem = (
+                f"{path or header.name!r} claims {size} bytes, {max(0, end - data)} are there (file cut)"
             )
+            raise _damage(shard, offset, last, problem, CLAIMS, path or header.name)
         if header.kind in "xXgL":
             if size > MAX_EXTENDED:
                 raise _damage(shard, offset, last, f"extended header of {size} bytes", EXTENDED)
@@ -127,22 +130,19 @@ def walk(
                 path = body.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif header.kind in "xX":
                 path, size_override = _pax(body, shard, offset, last, path, size_override)
-        elif header.kind in "0\x007":
+        elif header.kind in _FILES:
             name = _safe_name(path or header.name, shard, offset)
             yield Member(name, start, data, size)
             last, path, size_override = name, None, None
+            if unpadded:
+                raise _damage(shard, end, last, _NO_PADDING, CUT)
             start = following
         elif header.kind == "5":
             path, size_override = None, None
             start = following
         elif header.kind != "K":
-            raise _damage(
-                shard,
-                offset,
-                path or header.name,
-                f"member of type {header.kind!r}; only files are allowed",
-                NOT_A_FILE,
-            )
+            problem = f"member of type {header.kind!r}; only files are allowed"
+            raise _damage(shard, offset, path or header.name, problem, NOT_A_FILE)
         offset = following
 
 
@@ -222,10 +222,12 @@ def _safe_name(name: str, shard: str, offset: int) -> str:
     return name
 
 
-def _cut_reason(offset: int, end: int, present: int) -> str:
+def _cut_reason(offset: int, end: int, block: bytes) -> str:
     if offset == end:
         return "no end-of-archive marker: the file was cut at a member border"
-    return f"a header of {present} instead of {BLOCK} bytes: the file was cut"
+    if not any(block):
+        return f"no end-of-archive marker: {len(block)} zero bytes at the end, less than a block"
+    return f"a header of {len(block)} instead of {BLOCK} bytes: the file was cut"
 
 
 def _check_trailer(read: Read, offset: int, end: int, shard: str, last: str) -> None:
@@ -260,10 +262,13 @@ def _cure_not_a_tar(block: bytes) -> str:
     return REPLACE_SHARD
 
 
-def _damage(shard: str, offset: int, last: str, problem: str, kind: str) -> ShardDamage:
+def _damage(
+    shard: str, offset: int, last: str, problem: str, kind: str, member: str | None = None
+) -> ShardDamage:
+    """member: the one concerned, None: only the last one before is known."""
     after = f", after member {last!r}" if last else ""
     cause = f"{shard}: {problem}, at byte {offset}{after}"
-    return ShardDamage(cause, REPLACE_SHARD, problem, kind, offset, last)
+    return ShardDamage(cause, REPLACE_SHARD, problem, kind, offset, last if member is None else member)
 
 
 def next_header(read: Read, begin: int, end: int) -> int | None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from clipkit.data.tables import CAPTION_COLUMNS
 from clipkit.types import ConfigError, DataError
 
 FORMATS = ("txt", "csv", "tsv", "json", "jsonl", "parquet")
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
-CAPTION_COLUMNS = ("caption", "text", "title", "alt", "alt_text", "description")
 # img2dataset writes fields of these names itself.
 RESERVED = (
     *("key", "caption", "url", "width", "height", "original_width", "original_height", "status"),

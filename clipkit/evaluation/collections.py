@@ -63,7 +63,8 @@ def _found(kind: str, data: ClassificationSet, base: Path, reading: Reading) -> 
             f"{data.source}: labelled images have no columns of captions",
             "leave --image-key, --caption-key and --images out, or name the layout with --from",
         )
-    for name in reading.keep:
+    kept = reading.keep or ()
+    for name in kept:
         if name not in _FIELDS:
             raise ConfigError(
                 f"{data.source}: no field '{name}' (found: {', '.join(_FIELDS)})", "correct --keep"
@@ -75,11 +76,11 @@ def _found(kind: str, data: ClassificationSet, base: Path, reading: Reading) -> 
         for number, label in enumerate(data.labels.tolist()):
             path = str(number) if paths is None else paths(number)
             known = {"path": path, "label": label, "class_name": names[label]}
-            entry = Entry(number, path, (), None, {name: known[name] for name in reading.keep})
+            entry = Entry(number, path, (), None, {name: known[name] for name in kept})
             yield with_templates(entry, label, names, reading.templates)
 
     used = f"{len(names):,} classes"
-    return Found(kind, images, entries, _FIELDS, used, classnames=names, templates=data.templates)
+    return Found(kind, images, entries, _FIELDS, kept, used, classnames=names, templates=data.templates)
 
 
 def _images(data: ClassificationSet, base: Path) -> tuple[Images, Callable[[int], str] | None]:

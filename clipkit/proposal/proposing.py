@@ -11,7 +11,7 @@ from typing import Any
 from clipkit.config import make_config
 from clipkit.config.reading import flow_yaml, parse_text
 from clipkit.data.raw.cache import in_words
-from clipkit.data.raw.reading import FOUND, LIST, Raw, planned, raw_path
+from clipkit.data.raw.reading import CAPTIONS, FOUND, Raw, planned, raw_path
 from clipkit.proposal.machine import Machine, look_at_machine, measure
 from clipkit.proposal.model import Chosen, choose_model, continue_model
 from clipkit.proposal.plan import (
@@ -171,7 +171,7 @@ def _rows(facts: DataFacts, chosen: Chosen, machine: Machine, pace: Pace) -> lis
         ("distinct captions", f"{distinct:,} of {compared:,} compared"),
     ]
     for name, field in facts.fields.items():
-        if name not in facts.captions and (name == LIST or at(field.words, 0.5) < 2):
+        if name not in facts.captions and (name == CAPTIONS or at(field.words, 0.5) < 2):
             continue  # the list repeats the text member; single words are categories and addresses
         mark = "" if name in facts.captions else " (not used)"
         rows.append((f"captions {name}{mark}", _about_captions(field, chosen.tokens)))

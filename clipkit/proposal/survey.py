@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipkit.data.making.tables import CAPTION_COLUMNS
+from clipkit.data.describing.scripts import script_of
 from clipkit.data.sample import RawSample, Unusable, decode_image, image_bytes, parse_chunk
 from clipkit.data.scan import scan_shard
+from clipkit.data.tables import CAPTION_COLUMNS
 from clipkit.proposal.sampling import Sampled
 from clipkit.types import DataError
 
@@ -42,7 +42,7 @@ class FieldFacts:
 
     def scripts(self) -> Counter[str]:
         """Returns the captions by the script of most of their letters."""
-        return Counter(_script(text) for text in self.texts)
+        return Counter(map(script_of, self.texts))
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,3 @@ def _count_tokens(fields: dict[str, FieldFacts]) -> None:
     for facts in fields.values():
         if facts.texts:
             facts.tokens = tokenizer(facts.texts).ne(tokenizer.pad_id).sum(1).tolist()
-
-
-def _script(text: str) -> str:
-    """The script of most letters, as Unicode names them; digits and signs have none."""
-    found = Counter(
-        unicodedata.name(letter, "UNKNOWN").partition(" ")[0] for letter in text if letter.isalpha()
-    )
-    return found.most_common(1)[0][0].title() if found else "none"

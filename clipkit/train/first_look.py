@@ -14,7 +14,7 @@ from clipkit.data.mixture_stream import source_names
 from clipkit.data.mixture_survey import MixtureSurvey
 from clipkit.data.options import Source
 from clipkit.data.raw import Rules
-from clipkit.data.raw.sharing import shards_of
+from clipkit.data.raw.sharing import refuse_unknown_columns, shards_of
 from clipkit.data.source import expand_shards
 from clipkit.data.waiting import together
 from clipkit.dist import World
@@ -31,6 +31,8 @@ def open_sources(config: Config, world: World) -> tuple[Source, ...]:
     rules = Rules(
         None if data.cache is None else Path(data.cache), usable_processors(), data.max_reject_fraction
     )
+    # Before minutes go into the shards of the first.
+    refuse_unknown_columns([entry.source for entry in data.train], world)
     with StageProgress() as progress:
         return tuple(shards_of(entry.source, rules, world, _say, progress) for entry in data.train)
 

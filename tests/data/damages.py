@@ -30,7 +30,7 @@ class Damage:
     kind     of finding that it must lead to
     make     (samples, place) -> bytes of the shard
     lost     what a repair cannot keep: "one" (the sample at the place), "next" (and the one after it),
-             "rest" (from the place on), "all", "none"
+             "rest" (from the place on), "later" (behind the place), "all", "none"
     first    the kind where the place is the first sample, "" for the same
     note     worth knowing only: training takes the sample
     """
@@ -45,10 +45,9 @@ class Damage:
 
     def lost_at(self, place: int) -> set[int]:
         """Returns the numbers of the samples that a repair cannot keep."""
-        last = {"none": place, "one": place + 1, "next": place + 2, "rest": SAMPLES, "all": SAMPLES}[
-            self.lost
-        ]
-        return set(range(0 if self.lost == "all" else place, min(last, SAMPLES)))
+        first = {"all": 0, "later": place + 1}.get(self.lost, place)
+        last = {"none": place, "one": place + 1, "next": place + 2}.get(self.lost, SAMPLES)
+        return set(range(first, min(last, SAMPLES)))
 
 
 def key(number: int) -> str:
@@ -134,6 +133,11 @@ def _sealed(name: str, begin: int, field: bytes) -> Change:
 
 def _whole(data: Callable[[bytes], bytes]) -> Change:
     return lambda samples, place: data(tar_bytes(samples))
+
+
+def _ends(data: bytes, zeros: int) -> bytes:
+    """The tar with so many bytes of its end-of-archive blocks: behind a header and a short caption."""
+    return data[: header_of(data, f"{key(SAMPLES - 1)}.txt") + 1024 + zeros]
 
 
 def _member(name: str, data: bytes | Callable[[bytes], bytes]) -> Change:
@@ -279,7 +283,8 @@ DAMAGES = [
     Damage("F5", "cut at the border of a sample", "cut tar", _cut("jpg", 0), "rest", first="empty file"),
     Damage("F5", "cut between image and caption", "cut tar", _cut("txt", 0), "rest"),
     Damage("F5", "cut in a caption", "size beyond the file", _cut("txt", 515), "rest"),
-    Damage("F5", "cut behind a caption, in its padding", "size beyond the file", _cut("txt", 700), "rest"),
+    Damage("F5", "cut behind a caption, in its padding", "cut tar", _cut("txt", 700), "later"),
+    Damage("F5", "cut in the end blocks", "cut tar", _whole(lambda data: _ends(data, 100)), "none"),
     Damage("F6", "empty file", "empty file", _whole(lambda data: b""), "all"),
     Damage("F6", "web page", "not a tar", _whole(lambda data: b"<html>" + b"404 " * 500), "all"),
     Damage("F6", "gzip named .tar", "not a tar", _whole(gzip.compress), "all"),

@@ -14,6 +14,7 @@ from clipkit.data import caption_survey
 from clipkit.data.caption_survey import CaptionSurvey, survey_captions
 from clipkit.data.captions import CaptionRules
 from clipkit.data.indexing import build_index
+from clipkit.data.kept import Kept
 from clipkit.data.options import CaptionField
 from clipkit.data.remote import ShardBytes
 from clipkit.data.source import expand_shards
@@ -63,7 +64,7 @@ def test_every_caption_of_a_small_set_is_counted(tmp_path: Path) -> None:
     changed[20] = [("000020.png", b"x")]
     shards = write_shards(tmp_path / "set", [70, 1, 79], changed)
     index = build_index(expand_shards(str(shards)))
-    survey = survey_captions(index, ShardBytes(index), CaptionRules(), 0)
+    survey = survey_captions(Kept(index), ShardBytes(index), CaptionRules(), 0)
     folded = Counter(" ".join(text.lower().split()) for n, text in enumerate(texts) if n != 20)
     assert (survey.total, survey.read, survey.sampled) == (150, 149, False)
     assert sorted(survey.repeats.tolist()) == sorted(folded.values())
@@ -74,13 +75,30 @@ def test_every_caption_of_a_small_set_is_counted(tmp_path: Path) -> None:
     assert again.repeats.tolist() == survey.repeats.tolist()
 
 
+def test_what_is_held_out_is_not_counted(tmp_path: Path) -> None:
+    """Every caption of a pair is its own key: those that are counted are those that one epoch trains on."""
+    shards = write_shards(tmp_path / "set", [70, 50])
+    opened = stream(shards, 10, holdout=30)
+    assert opened.survey is not None
+    survey = opened.survey()
+    assert (survey.total, survey.read, survey.distinct) == (90, 90, 90)
+    index = build_index(expand_shards(str(shards)))
+    trained = {int(number) for batch in take(opened, 0, 9) for number in batch.ids}
+    held = np.array(sorted(set(range(120)) - trained))
+    whole = survey_captions(Kept(index), ShardBytes(index), CaptionRules(), 0)
+    assert set(survey.labels) == set(
+        survey_captions(Kept(index, held), ShardBytes(index), CaptionRules(), 0).labels
+    )
+    assert len(set(whole.labels) - set(survey.labels)) == 30
+
+
 def test_fields_are_counted_as_they_are_drawn(tmp_path: Path) -> None:
     samples = [
         [(f"{n}.png", b"x"), (f"{n}.txt", b"same"), (f"{n}.json", b'{"c": "%d"}' % n)] for n in range(400)
     ]
     index = build_index([str(write_tar(tmp_path / "a.tar", samples))])
     rules = CaptionRules((CaptionField("txt"), CaptionField("json.c", 3.0)))
-    survey = survey_captions(index, ShardBytes(index), rules, 1)
+    survey = survey_captions(Kept(index), ShardBytes(index), rules, 1)
     assert survey.read == 400
     assert survey.repeats.max() == 400 - (survey.distinct - 1)
     assert 60 < survey.repeats.max() < 140
@@ -96,7 +114,7 @@ def test_large_sets_are_sampled_all_over(tmp_path: Path, monkeypatch: pytest.Mon
     source: Any = ShardBytes(index)
     plain = source.read
     source.read = lambda shard, begin, end: (reads.append((shard, end - begin)), plain(shard, begin, end))[1]
-    survey = survey_captions(index, source, CaptionRules(), 0)
+    survey = survey_captions(Kept(index), source, CaptionRules(), 0)
     assert (survey.read, survey.distinct, survey.sampled) == (64, 64, True)
     assert {shard for shard, _ in reads} == {0, 1}
     # Headers and captions, no images.

@@ -119,6 +119,46 @@ def test_every_damage_of_the_matrix_is_found_and_repaired(tmp_path: Path) -> Non
     assert wrong == [], "\n".join(wrong)
 
 
+@pytest.mark.parametrize("missing", ["end", "blocks", "padding", "all padding"])
+def test_a_whole_last_member_without_the_bytes_behind_it(tmp_path: Path, missing: str) -> None:
+    """One finding, of that member, and and no sample is lost."""
+    samples = [sample(number) for number in range(3)]
+    whole = tar_bytes(samples)
+    name, caption = samples[-1][-1]
+    data = header_of(whole, name) + 512
+    kept = {
+        "end": data + 512 + 5,
+        "blocks": data + 512,
+        "padding": data + 300,
+        "all padding": len(caption) + data,
+    }
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes(whole[: kept[missing]])
+    assert shard.read_bytes()[data : data + len(caption)] == caption
+    shards, found = check(tmp_path)
+    (finding,) = found.first
+    assert (finding.kind, finding.member, finding.severity) == ("cut tar", name, ERROR)
+    assert finding.detail.startswith("no end-of-archive marker")
+    assert "--repair" in finding.cure
+    with pytest.raises(DataError, match=f"no end-of-archive marker.*after member '{name}'"):
+        scan_shard(str(shard))
+    assert repair_set(shards, found, RULES, tmp_path / "out", Engine()).samples == 3
+    assert contents(tmp_path / "out" / shard.name) == dict(entry for members in samples for entry in members)
+
+
+def test_a_member_that_is_cut_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """In the findings and in dropped.jsonl: the member before it is whole, and kept."""
+    whole = tar_bytes([sample(number) for number in range(3)])
+    shard = tmp_path / "00000.tar"
+    shard.write_bytes(whole[: header_of(whole, f"{key(2)}.txt") + 515])
+    shards, found = check(tmp_path)
+    names = {(finding.kind, finding.member) for finding in found.first}
+    assert ("size beyond the file", f"{key(2)}.txt") in names
+    repair_set(shards, found, RULES, tmp_path / "out", Engine())
+    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert ("size beyond the file", f"{key(2)}.txt") in {(line["kind"], line["member"]) for line in dropped}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three clean shards with their lists, by clipkit's own writer."""
@@ -235,6 +275,15 @@ def test_keys_in_several_shards_are_named(tmp_path: Path) -> None:
         ("2.tar", "key in several shards", key(5), "also in 1.tar"),
     ]
     assert found.first[1].byte == header_of((folder / "2.tar").read_bytes(), f"{key(5)}.jpg")
+
+
+def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    shards = [tmp_path / name / "0.tar" for name in "ab"]
+    for shard in shards:
+        shard.parent.mkdir()
+        shard.write_bytes(tar_bytes([sample(1)]))
+    (finding,) = check_set([*map(str, shards)], range(2), RULES, Engine()).first
+    assert (finding.shard, finding.detail) == (str(shards[1]), f"also in {shards[0]}")
 
 
 @pytest.fixture(params=["classes", "captions"])

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from clipkit.cli import main
+from clipkit.config import make_config
 from clipkit.data.options import CaptionField, Source
 from clipkit.data.raw import Made, Raw, Rules, cache, made_shards, raw_path
 from clipkit.data.raw.cache import CACHE
-from clipkit.data.raw.sharing import shards_of
+from clipkit.data.raw.sharing import refuse_unknown_columns, shards_of
 from clipkit.dist import World
+from clipkit.train.first_look import open_sources
 from clipkit.types import ConfigError, DataError
 
 Rows = list[dict[str, str]]
@@ -114,6 +117,31 @@ def test_a_folder_of_pairs_lists_all_captions_of_an_image(tmp_path: Path) -> Non
     assert make(tmp_path) == made
 
 
+@pytest.mark.parametrize("captions", [(), ("title",), ("title", "caption"), ("pairs",)])
+def test_make_shards_gives_the_same_members(tmp_path: Path, captions: tuple[str, ...]) -> None:
+    """Of a table with its only caption column, another one, two; and of a folder of pairs."""
+    if captions == ("pairs",):
+        captions, data = (), tmp_path / "pairs"
+        (data / "deep").mkdir(parents=True)
+        for number, name in enumerate(["a", "deep/b", "c"]):
+            (data / f"{name}.png").write_bytes(png(number))
+            (data / f"{name}.txt").write_text("one\n" * (number + 1))
+    else:
+        titles, colours = [f"title {n}" for n in range(10)], ["red", "blue"] * 5
+        data = write_table(tmp_path / "data", title=titles, colour=colours)
+    cached = make(data, *captions)
+    options = [word for name in captions for word in ("--caption-key", name)]
+    out = tmp_path / "out"
+    assert main(["data", "make-shards", str(data), "--out", str(out), *options]) == 0
+    assert [path.read_bytes() for path in sorted(out.glob("*.tar"))] == [
+        path.read_bytes() for path in sorted(cached.folder.glob("*.tar"))
+    ]
+    if data.suffix == ".csv":
+        only = {*(captions or ("caption",))} if len(captions) < 2 else set()
+        fields = json.loads(samples(cached)["000000000"]["json"]).keys()
+        assert fields == {"caption", "title", "colour", "captions"} - only
+
+
 @pytest.mark.parametrize("change", ["table", "image", "new image", "columns"])
 def test_changed_data_gets_new_shards(tmp_path: Path, change: str) -> None:
     table = write_table(tmp_path)
@@ -170,7 +198,8 @@ def test_rejects_are_listed_and_limited_anew_in_every_run(tmp_path: Path) -> Non
         assert notes[-1].endswith(f"1 of 10 entries left out (see {made.folder / 'rejects.jsonl'})")
     assert (made.samples, made.rejected) == (9, 1)
     (line,) = (made.folder / "rejects.jsonl").read_text().splitlines()
-    assert json.loads(line)["image"] == "images/2.png"
+    # The third row below the names of the columns.
+    assert (json.loads(line)["row"], json.loads(line)["image"]) == (3, "images/2.png")
     with pytest.raises(DataError, match=r"1 of 10 entries are unusable \(see .*rejects.jsonl\)"):
         make(table)
 
@@ -301,7 +330,7 @@ def test_what_counts_as_raw(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        ("", "no column"),
+        ("", r"empty \(0 bytes\)"),
         ("filepath,caption\n", "no rows"),
         ("file_of_image,words\na,b\n", "no column of images"),
         ("filepath,caption\nimages/0.png\n", "line 2 does not have the columns"),
@@ -317,6 +346,37 @@ def test_tables_that_cannot_be_used_are_refused_in_words(tmp_path: Path, content
         make(table)
     assert "--" not in refused.value.cure, refused.value.cure
     assert not list((tmp_path / CACHE).glob("*")), "nothing is left of a set that was refused"
+
+
+def test_columns_of_every_source_are_known_before_any_shards_are_made(tmp_path: Path) -> None:
+    good, bad = write_table(tmp_path / "good"), write_table(tmp_path / "bad")
+    config = make_config(
+        {
+            "model": {"name": "ViT-B-32"},
+            "objectives": [{"name": "clip"}],
+            "data": {
+                "train": [{"shards": str(good)}, {"shards": str(bad), "captions": ["titel"]}],
+                "batch_size": 4,
+            },
+            "run": {"epochs": 1},
+        }
+    )
+    with pytest.raises(DataError, match=r"bad/pairs\.csv: no column 'titel'"):
+        open_sources(config, World())
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_lines_of_raw_data_are_refused(tmp_path: Path) -> None:
+    """Their captions have single blanks: every line would be the whole."""
+    source = Source(str(write_table(tmp_path)), (CaptionField("caption", lines=True),))
+    for use in (
+        lambda: shards_of(source, Rules(), World(), print, lambda *_: None),
+        lambda: refuse_unknown_columns([source], World()),
+    ):
+        with pytest.raises(ConfigError, match="lines: true") as refused:
+            use()
+        assert "leave `lines` out" in refused.value.cure
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 def test_captions_that_are_no_columns_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,12 +21,16 @@ import pytest
 from PIL import Image
 
 from clipkit.cli import main
+from clipkit.data.captions import DRAWN, CaptionRules, SlotCaptions, field_captions, slot_key
 from clipkit.data.describing.job import describe_set
 from clipkit.data.describing.scripts import script_of
 from clipkit.data.describing.shard import Description
-from clipkit.data.describing.summary import quantile
+from clipkit.data.describing.summary import NAMED, Summary, lines_of, quantile, shown
 from clipkit.data.describing.tokens import TokenRule, counter, rule_of
 from clipkit.data.engine import Engine
+from clipkit.data.options import CaptionField
+from clipkit.data.sample import Absent, RawSample
+from clipkit.proposal.survey import FieldFacts
 from clipkit.types import ConfigError
 from tests.commands import fails
 from tests.data.damages import tar_bytes
@@ -220,6 +225,39 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attributes)))
+
+
+def test_what_is_not_shown_by_name_is_summed_up() -> None:
+    counts = {f"Script{number}": number + 1 for number in range(20)}
+    tokens = {name: Counter({10.0: count - 1, 99.0: 1}) for name, count in counts.items()}
+    empty = {name: Counter[str]() for name in (*NAMED, "turned", "unusable")}
+    lines = list(lines_of(Summary(Description(), tokens=tokens, counts=empty)))
+    rows = [re.fullmatch(r"  (.+): ([\d.]+)% of (\d+)", line) for line in lines]
+    found = [(row[1], float(row[2]), int(row[3])) for row in rows if row]
+    assert found[-1][0] == "12 more scripts"
+    assert sum(total for _, _, total in found) == sum(counts.values())
+    # One caption of each script is too long.
+    assert [round(share * total / 100) for _, share, total in found] == [1] * 8 + [12]
+    assert [total for _, total in shown(counts, 12)] == [*range(20, 8, -1), sum(range(1, 9))]
+
+
+def test_the_captions_of_a_field_are_those_that_training_may_draw() -> None:
+    """Against the draw itself, over so many slots that every entry comes up."""
+    document = json.dumps({"many": ["a", " ", "b", None, "a"], "none": [" "]}).encode()
+    members = {"json": (0, len(document)), "txt": (len(document), len(document) + 8)}
+    sample = RawSample("0", members, document + b"x\n\n y z\n")
+    for field in (CaptionField("json.many"), CaptionField("txt"), CaptionField("txt", lines=True)):
+        rules = CaptionRules((field,))
+        drawn = {SlotCaptions(rules, sample, slot_key(0, 0, slot)).caption(DRAWN) for slot in range(200)}
+        assert set(field_captions(sample, field)) == drawn
+    assert field_captions(sample, CaptionField("json.many")) == ["a", "b", "a"]
+    with pytest.raises(Absent):
+        field_captions(sample, CaptionField("json.none"))
+
+
+def test_init_and_stats_call_scripts_by_the_same_names() -> None:
+    texts = ["a car", "\u8d64\u3044\u8eca", "\u0440\u0443\u0441", "12"]
+    assert FieldFacts(texts=texts).scripts() == Counter(map(script_of, texts))
 
 
 def test_the_page_holds_no_script_and_loads_nothing(folder: Path, tmp_path: Path) -> None:

@@ -77,7 +77,10 @@ CaptionKeyOption = Annotated[
     typer.Option("--caption-key", metavar="COLUMN", help="Captions; repeatable, the first goes to .txt."),
 ]
 KeepOption = Annotated[
-    list[str] | None, typer.Option("--keep", metavar="COLUMN", help="Stored in KEY.json; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--keep", metavar="COLUMN", help="Stored in KEY.json; repeatable.  [default: all of a table]"
+    ),
 ]
 SplitOption = Annotated[
     list[str] | None, typer.Option("--split", help="Part of DATA that has several; repeatable.")
@@ -169,7 +172,8 @@ def make_shards(
     from clipkit.data.making.writing import Making
 
     train = to is Target.train
-    columns = tuple(caption_key or ()), tuple(keep or ()), tuple(split or ())
+    # An evaluation set holds no fields.
+    columns = tuple(caption_key or ()), None if train and not keep else tuple(keep or ()), tuple(split or ())
     group = True if group is None and not train else group
     usual = None if train else "test"
     prompts = None if templates is None else _templates(templates)
@@ -199,6 +203,7 @@ def _job(
     parts = (
         f"{collection.kind}: {len(collection):,} entries",
         collection.found.used,
+        collection.found.describe_passed_over(),
         "" if place is None else f"images in {place}",
     )
     say(", ".join(part for part in parts if part))

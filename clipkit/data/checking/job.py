@@ -22,6 +22,7 @@ from clipkit.data.checking.shard import (
     samples_of,
 )
 from clipkit.data.checking.walking import opened_shard
+from clipkit.data.curation.tables import shard_labels
 from clipkit.data.engine import Engine
 from clipkit.data.hash_counts import HashCounts, hashes_of
 from clipkit.data.scan import Grouper
@@ -170,6 +171,7 @@ def _shared_keys(shards: Sequence[str], keys: HashCounts) -> Iterator[Finding]:
     """Keys in several shards: two samples in training, told apart by their shards."""
     total, shared = keys.in_several_groups(MAX_SHARED_KEYS)
     named = dict(shared)
+    labels = shard_labels(shards) if shared else []
     names: dict[int, tuple[str, int]] = {}
     # The hashes were kept, not the keys: the last shard of each is walked again for its name.
     for number in sorted({groups[-1] for groups in named.values()}):
@@ -178,7 +180,7 @@ def _shared_keys(shards: Sequence[str], keys: HashCounts) -> Iterator[Finding]:
         named.items(), key=lambda entry: (entry[1][-1], names.get(entry[0], ("", 0))[1])
     ):
         member, byte = names.get(key, ("", 0))
-        others = ", ".join(os.path.basename(redact(shards[number])) for number in groups[:-1][:5])
+        others = ", ".join(labels[number] for number in groups[:-1][:5])
         yield Finding(
             redact(shards[groups[-1]]),
             "key in several shards",

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from clipkit.data.describing.summary import Summary, lines_of, rows_of
+from clipkit.data.describing.summary import Summary, lines_of, rows_of, shown
 from clipkit.redaction import visible
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -97,15 +97,15 @@ def _histogram(counts: Mapping[float, int], words: str, logarithmic: bool, mark:
 
 
 def _bars(counts: Mapping[str, int], words: str) -> str:
-    shown = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[:_BARS]
-    if not shown:
+    bars = shown(counts, _BARS)
+    if not bars:
         return ""
 
     def draw(axes: Any) -> None:
         # A dollar sign would start a formula.
-        names = [visible(name)[:24].replace("$", r"\$") for name, _ in reversed(shown)]
-        axes.barh(range(len(shown)), [times for _, times in reversed(shown)], color="#4269d0")
-        axes.set_yticks(range(len(shown)), names)
+        names = [visible(name)[:24].replace("$", r"\$") for name, _ in reversed(bars)]
+        axes.barh(range(len(bars)), [times for _, times in reversed(bars)], color="#4269d0")
+        axes.set_yticks(range(len(bars)), names)
 
     return _figure(words, draw)
 

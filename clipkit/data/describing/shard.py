@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from clipkit.data.captions import field_captions
 from clipkit.data.checking.walking import opened_shard
 from clipkit.data.describing.scripts import script_of
 from clipkit.data.describing.tokens import TokenRule, counter
 from clipkit.data.hash_counts import Hashes, hashes_of, to_text
 from clipkit.data.http_ranges import Transient
+from clipkit.data.options import CaptionField
 from clipkit.data.sample import (
     MAX_PIXELS,
     RawSample,
     Unusable,
-    caption,
-    field_value,
     image_bytes,
     opened_image,
 )
@@ -59,21 +58,6 @@ def describe_shard(path: str, description: Description) -> Record:
         raise DataError(f"{path}: {error.reason}", "check the storage") from None
     except DataError as error:
         raise DataError(error.cause, "clipkit data check-shards lists all damage and repairs it") from None
-
-
-def captions_of(sample: RawSample, name: str, lines: bool) -> Iterator[str]:
-    """Yields the captions at a field: the text, every entry of a JSON list, or every line."""
-    value = field_value(sample, name)
-    if isinstance(value, list):
-        count = len(value)
-    elif lines and isinstance(value, str) and "." not in name:
-        count = sum(bool(line.strip()) for line in value.split("\n"))
-    else:
-        count = 0
-    if not count:
-        yield caption(sample, name)
-    for index in range(count):
-        yield caption(sample, name, index)
 
 
 class _Numbers:
@@ -129,7 +113,7 @@ class _Numbers:
         found: list[str] = []
         for name in self._description.captions:
             try:
-                found += captions_of(sample, name, self._description.lines)
+                found += field_captions(sample, CaptionField(name, lines=self._description.lines))
             except Unusable as problem:
                 self.counts["unusable"][problem.reason] += 1
         self._lot += found

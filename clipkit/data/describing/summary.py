@@ -27,6 +27,7 @@ MEASURES = {
 NAMED = ("formats", "modes", "extensions")
 QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95}
 _FREQUENT_SHOWN = 10
+_SHOWN = 8  # scripts, formats and so on that have a number of their own on the terminal
 _CANDIDATES = 10_000
 
 Histogram = Counter[float]
@@ -196,9 +197,13 @@ def lines_of(summary: Summary) -> Iterable[str]:
     cut, captions = summary.cut()
     yield f"longer than {context} tokens, cut in training: {_share(cut, captions)} of {captions:,} captions"
     if len(summary.tokens) > 1:
-        for script in summary.scripts()[:8]:
-            part, total = summary.cut(script)
-            yield f"  {script}: {_share(part, total)} of {total:,}"
+        totals = {script: summary.cut(script)[1] for script in summary.scripts()}
+        cuts = {script: summary.cut(script)[0] for script in totals}
+        for script, total in shown(totals, _SHOWN):
+            part = cuts.pop(script, None)
+            # What is summed up comes last: its cuts are those that are left.
+            part, name = (sum(cuts.values()), f"{script} scripts") if part is None else (part, script)
+            yield f"  {name}: {_share(part, total)} of {total:,}"
     for name, counts in summary.hashes.items():
         again, seen = counts.repeated()
         sampled = f" (every {1 << counts.level}th was looked at)" if counts.level else ""
@@ -207,12 +212,19 @@ def lines_of(summary: Summary) -> Iterable[str]:
         yield f"  {times:,} x {text[:80]}"
     for name in NAMED:
         yield f"{name}: " + ", ".join(
-            f"{what} {times:,}" for what, times in summary.counts[name].most_common(8)
+            f"{what} {times:,}" for what, times in shown(summary.counts[name], _SHOWN)
         )
     if summary.counts["turned"]:
         yield f"turned by EXIF, which training does not apply: {summary.counts['turned'].total():,} images"
-    for reason, times in summary.counts["unusable"].most_common(8):
+    for reason, times in shown(summary.counts["unusable"], _SHOWN):
         yield f"not usable: {times:,} x {reason}"
+
+
+def shown(counts: Mapping[str, int], most: int) -> list[tuple[str, int]]:
+    """Returns the largest counts, and as a last entry how many others there are with their sum."""
+    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    rest = ordered[most:]
+    return ordered[:most] + ([(f"{len(rest):,} more", sum(times for _, times in rest))] if rest else [])
 
 
 def _share(part: int, total: int) -> str:

@@ -37,7 +37,7 @@ def read_annotations(path: Path, reading: Reading) -> Found:
     for name in (reading.image_key, *reading.captions):
         if name is not None:
             raise ConfigError(f"{path}: a JSON file of captions has no columns", f"leave {name!r} out")
-    for name in reading.keep:
+    for name in reading.keep or ():
         if name not in fields:
             raise DataError(f"{path}: no field '{name}' (found: {', '.join(fields)})", "correct --keep")
     if "sentences" in images[0]:
@@ -81,7 +81,7 @@ def _document(path: Path) -> Mapping[str, Any]:
 
 
 def _kept(image: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
-    return {name: jsonable(image.get(name)) for name in reading.keep}
+    return {name: jsonable(image.get(name)) for name in reading.keep or ()}
 
 
 def _karpathy(path: Path, images: list[Any], fields: tuple[str, ...], reading: Reading) -> Found:
@@ -99,7 +99,8 @@ def _karpathy(path: Path, images: list[Any], fields: tuple[str, ...], reading: R
             yield checked(Entry(number, name, texts, None, _kept(image, reading)))
 
     used = f"splits {', '.join(splits)}"
-    return Found("karpathy", _root(path, reading.images, entries), entries, fields, used)
+    kept = reading.keep or ()
+    return Found("karpathy", _root(path, reading.images, entries), entries, fields, kept, used)
 
 
 def _coco(path: Path, images: list[Any], notes: Any, fields: tuple[str, ...], reading: Reading) -> Found:
@@ -124,7 +125,9 @@ def _coco(path: Path, images: list[Any], notes: Any, fields: tuple[str, ...], re
         for number, key in enumerate((key for key in captions if key not in seen), len(images)):
             yield Entry(number, str(key), (), None, {}, ("caption without image", f"image_id {key}"))
 
-    return Found("coco", _root(path, reading.images, entries), entries, fields, "all captions of each image")
+    kept = reading.keep or ()
+    used = "all captions of each image"
+    return Found("coco", _root(path, reading.images, entries), entries, fields, kept, used)
 
 
 def _root(path: Path, given: Path | None, entries: Callable[[], Iterable[Entry]]) -> Images:

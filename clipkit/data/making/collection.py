@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from clipkit.types import ConfigError, DataError
 
+LIST = "captions"  # the name in the JSON member under which the captions of a sample are listed
 _STRIDE = 64  # entries between two known offsets
 _REPORTED = 10_000  # entries between two words of progress
 
@@ -22,7 +24,8 @@ _REPORTED = 10_000  # entries between two words of progress
 class Entry(NamedTuple):
     """One image and what is said about it; its bytes are read when its shard is written.
 
-    row       number in the input, from 0; of rows that were put together, the first one's
+    row       number in the input, from 0 (people are told the next one); of rows that were put together, the
+              first one's
     image     what `Images.read` knows the image by
     captions  as they stand in the input
     label     class number, None where there are no classes
@@ -53,7 +56,7 @@ class Reading:
     images     folder or zip file of the images
     image_key  column of the images
     captions   columns of the captions, the first one's first
-    keep       columns stored with each sample
+    keep       columns stored with each sample; None: of a table all others, of a folder of pairs the names
     splits     parts of an input that has several, all of them by default
     group      rows of the same image become one sample with several captions
     classnames  file of class names, for labelled images that bring none
@@ -65,7 +68,7 @@ class Reading:
     images: Path | None = None
     image_key: str | None = None
     captions: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
+    keep: tuple[str, ...] | None = None
     splits: tuple[str, ...] = ()
     group: bool | None = None
     classnames: Path | None = None
@@ -74,9 +77,9 @@ class Reading:
     labels_first: bool = False
 
     def __post_init__(self) -> None:
-        if "captions" in self.keep:
+        if LIST in (self.keep or ()):
             raise ConfigError(
-                "a field cannot be kept under the name 'captions', where the JSON member has the captions",
+                f"a field cannot be kept under the name '{LIST}', where the JSON member has the captions",
                 "leave it out of --keep, or name it as a caption column",
             )
 
@@ -87,19 +90,28 @@ class Found:
 
     kind        the name of the layout
     fields      names that can be kept or hold captions
+    kept        those of them that are stored with each sample
     used        what was taken for what, in words
     grouped     whether rows of one image belong together unless the reading says otherwise
     classnames  one name per class, None where there are no classes
+    passed_over  files that nobody is meant to see, by kind; counted while the entries are listed
     """
 
     kind: str
     images: Images
     entries: Callable[[], Iterable[Entry]]
     fields: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     used: str = ""
     grouped: bool = False
     classnames: tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def describe_passed_over(self) -> str:
+        """Returns what was passed over in words, "" for nothing."""
+        found = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.passed_over.items()))
+        return f"passed over: {found}" if found else ""
 
 
 class Listing:

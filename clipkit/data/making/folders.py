@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,17 @@ from clipkit.types import ConfigError, DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp")
 TEXT_SUFFIX = ".txt"
+OWN = ".clipkit-"  # what the names of our own files and folders begin with
+_FIELDS = ("path",)
 
 
-def walk_files(root: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
+def walk_files(
+    root: Path, above: frozenset[str] = frozenset(), hidden: Counter[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Yields (folder relative to root, sorted names of its files), folders in sorted order.
 
-    Hidden files and folders are left out, links to folders followed unless they lead back to one `above`.
-    DataError for an unreadable folder.
+    Hidden files and folders are left out (`hidden` counts images and folders among them), links to folders
+    followed unless they lead back to one `above`. DataError for an unreadable folder.
     """
     stack = [("", above)]
     while stack:
@@ -30,7 +35,10 @@ def walk_files(root: Path, above: frozenset[str] = frozenset()) -> Iterator[tupl
             continue
         try:
             with os.scandir(folder) as found:
-                seen = [entry for entry in found if not entry.name.startswith(".")]
+                listed = list(found)
+            if hidden is not None:
+                hidden.update(filter(None, map(_hidden_kind, listed)))
+            seen = [entry for entry in listed if not entry.name.startswith(".")]
             below = sorted((entry.name for entry in seen if entry.is_dir()), reverse=True)
             files = sorted(entry.name for entry in seen if entry.is_file())
         except OSError as error:
@@ -40,6 +48,15 @@ def walk_files(root: Path, above: frozenset[str] = frozenset()) -> Iterator[tupl
         if files:
             yield relative, files
         stack += [(os.path.join(relative, name), above | {real}) for name in below]
+
+
+def _hidden_kind(entry: os.DirEntry[str]) -> str:
+    """What a user may miss of an entry that is passed over; our own files and settings are not among it."""
+    if not entry.name.startswith(".") or entry.name.startswith(OWN):
+        return ""
+    if is_image(entry.name):
+        return "hidden images"
+    return "hidden folders" if entry.is_dir() else ""
 
 
 def is_image(name: str) -> bool:
@@ -52,9 +69,9 @@ def holds_pairs(root: Path) -> bool:
     return any(text is not None for _, _, text in _stems(root))
 
 
-def _stems(root: Path) -> Iterator[tuple[list[str], str, str | None]]:
+def _stems(root: Path, hidden: Counter[str] | None = None) -> Iterator[tuple[list[str], str, str | None]]:
     """Yields (images of one stem, stem, its text file) of every stem that has an image, in order."""
-    for relative, files in walk_files(root):
+    for relative, files in walk_files(root, hidden=hidden):
         images: dict[str, list[str]] = {}
         texts: dict[str, str] = {}
         for name in files:
@@ -69,16 +86,19 @@ def _stems(root: Path) -> Iterator[tuple[list[str], str, str | None]]:
 
 def read_pairs(root: Path, reading: Reading) -> Found:
     """Returns the images below a folder with the lines of their text files as captions."""
-    unknown = [name for name in reading.keep if name not in ("path",)]
+    kept = _FIELDS if reading.keep is None else reading.keep
+    unknown = [name for name in kept if name not in _FIELDS]
     if unknown or reading.captions or reading.image_key or reading.images:
         raise ConfigError(
             f"{root}: same-stem pairs have no columns, and their images lie beside the texts",
             "leave --image-key, --caption-key and --images out; --keep path stores the names",
         )
+    hidden: Counter[str] = Counter()
 
     def entries() -> Iterator[Entry]:
-        for number, (images, stem, text) in enumerate(_stems(root)):
-            fields = {"path": images[0]} if reading.keep else {}
+        hidden.clear()
+        for number, (images, stem, text) in enumerate(_stems(root, hidden)):
+            fields = {"path": images[0]} if kept else {}
             problem = None
             if len(images) > 1:
                 problem = "several images of one stem", ", ".join(map(os.path.basename, images))
@@ -87,7 +107,8 @@ def read_pairs(root: Path, reading: Reading) -> Found:
             # The captions are read by the worker that reads the image.
             yield Entry(number, images[0], (text or "",), None, fields, problem)
 
-    return Found("pairs", PairFiles(root), entries, ("path",), "a caption per line of each text file")
+    used = "a caption per line of each text file"
+    return Found("pairs", PairFiles(root), entries, _FIELDS, kept, used, passed_over=hidden)
 
 
 @dataclass

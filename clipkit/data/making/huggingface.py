@@ -11,14 +11,16 @@ from typing import Any
 from clipkit.data.making.annotations import choose_splits
 from clipkit.data.making.collection import Entry, Found, Images, Reading
 from clipkit.data.making.tables import (
-    CAPTION_COLUMNS,
     caption_texts,
     checked,
     columns_used,
+    kept_columns,
     with_templates,
 )
-from clipkit.data.tables import find_root, jsonable
+from clipkit.data.tables import CAPTION_COLUMNS, find_root, jsonable
 from clipkit.types import ConfigError, DataError
+
+_NOT_FOR_JSON = ("Image(", "Audio(", "Video(", "Pdf(", "binary")  # in the words of the library's features
 
 
 def is_saved(folder: Path) -> bool:
@@ -48,7 +50,7 @@ def read_huggingface(path: Path, reading: Reading) -> Found:
             f"{path}: no column of {what} is known (found: {', '.join(columns)})",
             "name the columns with --image-key and --caption-key",
         )
-    for name in (image, *captions, *reading.keep):
+    for name in (image, *captions, *(reading.keep or ())):
         if name not in columns:
             raise DataError(
                 f"{path}: no column '{name}' (found: {', '.join(columns)})",
@@ -57,13 +59,15 @@ def read_huggingface(path: Path, reading: Reading) -> Found:
     labelled = label is not None and (reading.labels_first or not captions)
     names = tuple(map(str, features[label].names)) if labelled else None
     inside = str(features[image].dtype if hasattr(features[image], "dtype") else "") != "string"
+    pictures = {name for name in columns if any(kind in str(features[name]) for kind in _NOT_FOR_JSON)}
+    keep = kept_columns(columns, image, captions, reading, pictures)
 
     def entries() -> Iterator[Entry]:
-        wanted = [*dict.fromkeys((*captions, *reading.keep, *([label] if labelled else [])))]
+        wanted = [*dict.fromkeys((*captions, *keep, *([label] if labelled else [])))]
         if not inside:
             wanted.append(image)
         for number, row in enumerate(data.select_columns(wanted)):
-            kept = {name: jsonable(row[name]) for name in reading.keep}
+            kept = {name: jsonable(row[name]) for name in keep}
             name = str(number) if inside else str(row[image] or "")
             entry = Entry(number, name, caption_texts(row[key] for key in captions), None, kept)
             if names is not None:
@@ -73,8 +77,9 @@ def read_huggingface(path: Path, reading: Reading) -> Found:
     images: Images = HubImages(str(path), chosen[0], image)
     if not inside:
         images = find_root(path / "table", reading.images, next(entries()).image)
-    used = columns_used(image, captions) if names is None else f"images in column {image}, classes in {label}"
-    return Found("huggingface", images, entries, tuple(columns), used, classnames=names)
+    used = f"images in column {image}, classes in {label}"
+    used = columns_used(image, captions, keep) if names is None else used
+    return Found("huggingface", images, entries, tuple(columns), keep, used, classnames=names)
 
 
 def _library() -> Any:

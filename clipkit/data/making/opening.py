@@ -11,13 +11,12 @@ from clipkit.data.making.collection import Collection, Found, Reading, collect
 from clipkit.data.making.folders import holds_pairs, is_image, read_pairs, walk_files
 from clipkit.data.making.huggingface import is_saved, read_huggingface
 from clipkit.data.making.tables import (
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     PARQUET_SUFFIXES,
     TABLE_SUFFIXES,
     read_table,
 )
-from clipkit.data.tables import UNREADABLE_TABLE, open_table, read_columns, table_suffix
+from clipkit.data.tables import CAPTION_COLUMNS, UNREADABLE_TABLE, open_table, read_columns, table_suffix
 from clipkit.types import ConfigError, DataError
 
 Reader = Callable[[Path, Reading], Found]

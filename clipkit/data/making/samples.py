@@ -55,7 +55,7 @@ def usable(
             members, prepared = _members(entry, number, layout, images, rules)
         except Unusable as problem:
             image, detail = map(_writable, (entry.image, problem.detail))
-            tally.rejects.append(RowReject(entry.row, image, problem.reason, detail))
+            tally.rejects.append(RowReject(entry.row + 1, image, problem.reason, detail))
             continue
         tally.rotated += prepared.rotated
         tally.encoded += prepared.encoded

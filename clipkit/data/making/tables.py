@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipkit.data.making.collection import Entry, Found, Images, Reading
-from clipkit.data.tables import TAB_SUFFIXES, find_root, jsonable, read_columns, stream_rows, table_suffix
+from clipkit.data.making.collection import LIST, Entry, Found, Images, Reading
+from clipkit.data.tables import (
+    CAPTION_COLUMNS,
+    TAB_SUFFIXES,
+    find_root,
+    jsonable,
+    read_columns,
+    refuse_nameless,
+    stream_rows,
+    table_suffix,
+)
 from clipkit.types import ConfigError, DataError
 
 TABLE_SUFFIXES = (".csv", *TAB_SUFFIXES, ".parquet", ".pq")
 PARQUET_SUFFIXES = (".parquet", ".pq")
-# Names that others give to these columns, the most telling first.
+# Names that others give to columns of images, the most telling first.
 IMAGE_COLUMNS = ("filepath", "file_name", "filename", "image_path", "image", "path", "file", "img", "jpg")
-CAPTION_COLUMNS = ("caption", "captions", "title", "text", "description", "txt", "sentence", "prompt")
 DEFAULT_TEMPLATES = ("a photo of a {c}",)
+_NAMED = 8  # columns that are named to people
 _CURE = "name the columns with --image-key, --caption-key and --keep"
 
 
@@ -27,12 +36,14 @@ def read_table(table: Path, reading: Reading) -> Found:
     if table.suffix.lower() in PARQUET_SUFFIXES:
         return _read_parquet(table, reading)
     columns = read_columns(table)
+    refuse_nameless(table, columns)
     image, captions = choose_columns(str(table), columns, reading)
+    kept = kept_columns(columns, image, captions, reading)
 
     def entries() -> Iterator[Entry]:
-        rows = stream_rows(table, (image, *captions, *reading.keep), _CURE)
+        rows = stream_rows(table, (image, *captions, *kept), _CURE)
         for number, row in enumerate(rows):
-            fields = {name: row[name] for name in reading.keep}
+            fields = {name: row[name] for name in kept}
             yield checked(Entry(number, row[image], tuple(row[name] for name in captions), None, fields))
 
     return Found(
@@ -40,18 +51,43 @@ def read_table(table: Path, reading: Reading) -> Found:
         images=table_images(table, reading.images, entries),
         entries=entries,
         fields=tuple(columns),
-        used=columns_used(image, captions),
+        kept=kept,
+        used=columns_used(image, captions, kept),
     )
 
 
-def columns_used(image: str, captions: Sequence[str]) -> str:
+def columns_used(image: str, captions: Sequence[str], kept: Sequence[str]) -> str:
     """Returns what was taken for what, in words."""
-    return f"images in column {image}, captions in {', '.join(captions)}"
+    fields = [name for name in kept if name not in captions]
+    more = f" and {len(fields) - _NAMED} more" if len(fields) > _NAMED else ""
+    stored = f", as fields {', '.join(fields[:_NAMED])}{more}" if fields else ""
+    return f"images in column {image}, captions in {', '.join(captions)}{stored}"
+
+
+def kept_columns(
+    columns: Sequence[str],
+    image: str,
+    captions: Sequence[str],
+    reading: Reading,
+    not_for_json: Container[str] = (),
+) -> tuple[str, ...]:
+    """Returns the columns that are stored as fields: those asked for, or all but image and only caption.
+
+    Of several captions each is a field, too: only so can one of them be chosen later.
+    """
+    if reading.keep is not None:
+        return reading.keep
+    apart = {image, LIST, *(captions if len(captions) == 1 else ())}
+    return tuple(name for name in dict.fromkeys(columns) if name not in apart and name not in not_for_json)
 
 
 def choose_columns(source: str, columns: Sequence[str], reading: Reading) -> tuple[str, tuple[str, ...]]:
     """Returns the column of images and those of captions: the ones asked for, else the first known name."""
-    for name in (*([reading.image_key] if reading.image_key else []), *reading.captions, *reading.keep):
+    for name in (
+        *([reading.image_key] if reading.image_key else []),
+        *reading.captions,
+        *(reading.keep or ()),
+    ):
         if name not in columns:
             found = ", ".join(columns) or "nothing"
             raise DataError(f"{source}: no column '{name}' (found: {found})", _CURE)
@@ -126,17 +162,19 @@ def _read_parquet(table: Path, reading: Reading) -> Found:
     image, captions = choose_columns(str(table), schema.names, reading)
     kind = schema.field(image).type
     inside = str(kind) in ("binary", "large_binary") or str(kind).startswith("struct<")
-    columns = [*dict.fromkeys((*([] if inside else [image]), *captions, *reading.keep))]
+    bytes_columns = {column.name for column in schema if "binary" in str(column.type)}
+    kept = kept_columns(schema.names, image, captions, reading, bytes_columns)
+    columns = [*dict.fromkeys((*([] if inside else [image]), *captions, *kept))]
 
     def entries() -> Iterator[Entry]:
         for number, row in enumerate(_parquet_rows(table, columns)):
             name = str(number) if inside else str(row[image] or "")
-            fields = {key: jsonable(row[key]) for key in reading.keep}
+            fields = {key: jsonable(row[key]) for key in kept}
             entry = Entry(number, name, caption_texts(row[key] for key in captions), None, fields)
             yield entry if inside else checked(entry)
 
     images = ParquetImages(table, image) if inside else table_images(table, reading.images, entries)
-    return Found("parquet", images, entries, tuple(schema.names), columns_used(image, captions))
+    return Found("parquet", images, entries, tuple(schema.names), kept, columns_used(image, captions, kept))
 
 
 def _parquet_rows(table: Path, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -77,6 +77,12 @@ class Rules:
     max_reject_fraction: float = 0.01
 
 
+def check_columns(raw: Raw) -> None:
+    """Raises what `made_shards` would for columns that are not there, after a look at the first rows."""
+    with in_words(_KEYS):
+        planned(raw)
+
+
 def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
     """Returns the shards of raw data, made now unless they are there already.
 
@@ -97,7 +103,7 @@ def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
             if made is None:
                 _refuse_full_disk(folder, volume)
                 say(f"making shards of {raw.path}, this once: {plan.found.used}; into {folder}")
-                made = _make(raw, plan, folder, rules, progress)
+                made = _make(raw, plan, folder, rules, say, progress)
                 if describe(raw, plan)[0] != facts:
                     (folder / RECORD).unlink()
                     raise DataError(
@@ -107,10 +113,12 @@ def made_shards(raw: Raw, rules: Rules, say: Say, progress: Progress) -> Made:
         return _accepted(raw, made, rules, say)
 
 
-def _make(raw: Raw, plan: Plan, folder: Path, rules: Rules, progress: Progress) -> Made:
+def _make(raw: Raw, plan: Plan, folder: Path, rules: Rules, say: Say, progress: Progress) -> Made:
     """Makes the shards and leaves the record that says so."""
     (folder / RECORD).unlink(missing_ok=True)
     collection = collect(str(raw.path), plan.found, plan.reading, folder)
+    if plan.found.passed_over:
+        say(f"{raw.path}: {plan.found.describe_passed_over()}")
     done = 0
 
     def count(rows: int) -> None:

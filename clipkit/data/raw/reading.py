@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -12,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.data.making import Reading
-from clipkit.data.making.collection import Found
+from clipkit.data.making.collection import LIST, Found
 from clipkit.data.making.folders import IMAGE_SUFFIXES, TEXT_SUFFIX, walk_files
 from clipkit.data.making.opening import READERS, detect
-from clipkit.data.making.tables import PARQUET_SUFFIXES, TABLE_SUFFIXES, choose_columns, read_table
+from clipkit.data.making.tables import TABLE_SUFFIXES, choose_columns, read_table
 from clipkit.data.source import scheme_of
 from clipkit.data.tables import ImageRoot, table_suffix
 from clipkit.types import ConfigError, DataError
 
 FOUND = "txt"  # in the place of a column: the captions as they are found
 _LOOK = 1000  # entries that tell whether samples have several captions
-LIST = "json.captions"  # where a sample's captions are listed
+CAPTIONS = f"json.{LIST}"  # where a sample's captions are listed
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
@@ -96,9 +95,7 @@ def planned(raw: Raw) -> Plan:
                 f"{raw.path}: captions name {', '.join(named)}, and a folder of pairs has no columns",
                 "write `field: txt`, or leave captions out",
             )
-        # A field of its own makes a JSON member, which lists all captions of a sample.
-        reading = replace(asked, keep=("path",))
-        return Plan(place, READERS[layout](place, reading), reading, (LIST,))
+        return Plan(place, READERS[layout](place, asked), asked, (CAPTIONS,))
     return _planned_table(raw, asked, place, named)
 
 
@@ -123,7 +120,7 @@ def _layout(path: Path, asked: Reading) -> tuple[str, Path]:
 
 def _planned_table(raw: Raw, asked: Reading, place: Path, named: tuple[str, ...]) -> Plan:
     found = read_table(place, asked)
-    image, first = choose_columns(str(place), found.fields, asked)
+    _, first = choose_columns(str(place), found.fields, asked)
     if FOUND in raw.captions:
         first = (FOUND,) if FOUND in found.fields and named else first
         columns = tuple(dict.fromkeys((*first, *named)))
@@ -134,21 +131,19 @@ def _planned_table(raw: Raw, asked: Reading, place: Path, named: tuple[str, ...]
             f"{raw.path}: two caption fields mean one column ({', '.join(columns)} in all)",
             "name every column once; txt means the captions as found",
         )
-    unstored = _not_for_json(place) | {image} | ({*columns} if len(columns) == 1 else set())
+    reading = replace(asked, captions=columns)
+    found = read_table(place, reading)
     for name in columns if len(columns) > 1 else ():
-        if name in unstored or "." in name:
+        if name not in found.kept or "." in name:
             raise ConfigError(
                 f"{raw.path}: column {name!r} cannot be one of several caption fields",
                 "rename it: the fields of JSON have names without dots, and `captions` is taken",
             )
-    keep = tuple(name for name in found.fields if name not in unstored)
-    reading = replace(asked, captions=columns, keep=keep)
-    found = read_table(place, reading)
     if len(columns) == 1:
         several = found.grouped or any(
             len(entry.captions) > 1 for entry in itertools.islice(found.entries(), _LOOK)
         )
-        fields: tuple[str, ...] = (LIST if several else FOUND,)
+        fields: tuple[str, ...] = (CAPTIONS if several else FOUND,)
     else:
         fields = tuple(f"json.{first[0] if name == FOUND else name}" for name in raw.captions)
     return Plan(place, found, reading, fields)
@@ -198,12 +193,3 @@ def _hashed(files: Iterator[tuple[str, Path]]) -> tuple[str, int]:
             line = f"{name}\0absent\n"
         state.update(line.encode("utf-8", "surrogatepass"))
     return state.hexdigest(), volume
-
-
-def _not_for_json(table: Path) -> set[str]:
-    """Columns that are not kept: bytes of a Parquet table, and the name under which captions are listed."""
-    names = {LIST.removeprefix("json.")}
-    if table_suffix(table) in PARQUET_SUFFIXES:
-        schema = importlib.import_module("pyarrow.parquet").read_schema(table)
-        names |= {column.name for column in schema if "binary" in str(column.type)}
-    return names

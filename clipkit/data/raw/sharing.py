@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from clipkit import dist
 from clipkit.data.options import Source
-from clipkit.data.raw.cache import Made, Progress, Rules, Say, made_shards, read_record
+from clipkit.data.raw.cache import Made, Progress, Rules, Say, check_columns, made_shards, read_record
 from clipkit.data.raw.reading import Raw, raw_path
 from clipkit.data.waiting import together
 from clipkit.types import ConfigError
+
+
+def refuse_unknown_columns(sources: Sequence[Source], world: dist.World) -> None:
+    """Raises the errors of columns and captions of all raw data; called by all ranks before any is made."""
+
+    def look() -> None:
+        for source in sources if world.is_main else ():
+            path = raw_path(source.shards)
+            if path is not None:
+                check_columns(_raw(source, path))
+
+    together(look)
+
+
+def _raw(source: Source, path: Path) -> Raw:
+    if any(caption.lines for caption in source.captions):
+        raise ConfigError(
+            f"data.train has captions with `lines: true` in {path}, which holds no shards",
+            "leave `lines` out: every line of the .txt of a pair is a caption as it is, and several captions "
+            "of a table stand in columns or lists of their own",
+        )
+    root = None if source.image_root is None else Path(source.image_root)
+    names = tuple(caption.field.removeprefix("json.") for caption in source.captions)
+    return Raw(path, root, source.image_key, names)
 
 
 def shards_of(source: Source, rules: Rules, world: dist.World, say: Say, progress: Progress) -> Source:
@@ -19,7 +44,7 @@ def shards_of(source: Source, rules: Rules, world: dist.World, say: Say, progres
     The main rank makes them. Ranks of a machine that does not see its folder make their own, one of them for
     all: the same bytes. Caption fields that name columns become the fields under which the columns are
     stored, and `content` says what the shards hold. Raises ConfigError for image_root or image_key beside
-    shards.
+    shards, and for `lines` of raw data, whose captions have none.
     """
     # What one rank sees decides: ranks of different opinions would wait in different collectives.
     path: Path | None = dist.gather_objects(together(lambda: raw_path(source.shards)))[0]
@@ -30,9 +55,7 @@ def shards_of(source: Source, rules: Rules, world: dist.World, say: Say, progres
                 "they belong to a CSV, TSV or Parquet table; remove them, or name the table",
             )
         return source
-    root = None if source.image_root is None else Path(source.image_root)
-    names = tuple(caption.field.removeprefix("json.") for caption in source.captions)
-    raw = Raw(path, root, source.image_key, names)
+    raw = _raw(source, path)
 
     def make() -> Made:
         return made_shards(raw, rules, say if world.is_main else _say_nothing, progress)

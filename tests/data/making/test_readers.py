@@ -80,7 +80,7 @@ def test_parquet_keeps_numbers_and_reads_images_inside(tmp_path: Path) -> None:
         collection = open_collection(path, reading)
         make_shards(collection, out, Making(max_reject_fraction=1.0))
         found = samples(out)
-        assert rejects(out) == [(3, "empty caption"), (5, "empty caption")]
+        assert rejects(out) == [(4, "empty caption"), (6, "empty caption")]
         assert texts(found) == ["one", "three", "four", "five", "six"]
         assert [members["jpg"] for members in found.values()] == [picture(n) for n in (0, 1, 2, 4, 6)]
         documents = [json.loads(members["json"]) for members in found.values()]
@@ -113,10 +113,21 @@ def test_images_without_a_text_and_two_of_one_stem_are_counted(tmp_path: Path) -
     collection = open_collection(tmp_path / "in")
     make_shards(collection, tmp_path / "out", Making(max_reject_fraction=1.0))
     assert rejects(tmp_path / "out") == [
-        (1, "several images of one stem"), (2, "no caption file"), (3, "caption is not UTF-8"),
-        (4, "empty caption"),
+        (2, "several images of one stem"), (3, "no caption file"), (4, "caption is not UTF-8"),
+        (5, "empty caption"),
     ]  # fmt: skip
     assert texts(samples(tmp_path / "out")) == ["fine"]
+
+
+def test_hidden_files_of_a_folder_of_pairs_are_counted(tmp_path: Path) -> None:
+    for name in ("a.jpg", "._a.jpg", "below/.b.png", ".trash/c.jpg", ".clipkit-cache/d.jpg", ".settings"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture(0))
+    (tmp_path / "a.txt").write_text("one")
+    collection = open_collection(tmp_path)
+    assert len(collection) == 1
+    assert dict(collection.found.passed_over) == {"hidden images": 2, "hidden folders": 1}
+    assert collection.found.describe_passed_over() == "passed over: 1 hidden folders, 2 hidden images"
 
 
 def coco(folder: Path) -> Path:
@@ -271,7 +282,14 @@ def test_several_caption_columns_the_first_one_first(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ["filepath", "alt", "title"], rows)
     found = made(path, tmp_path / "out", captions=("title", "alt"))
     assert json.loads(found["000000000"]["json"])["captions"] == ["short", "long one"]
-    assert found["000000001"] == {"jpg": picture(1), "txt": b"only"}
+    assert (found["000000001"]["jpg"], found["000000001"]["txt"]) == (picture(1), b"only")
+    # Each is a field, too: only so can one of them be chosen later.
+    assert json.loads(found["000000000"]["json"])["alt"] == "long one"
+    used = open_collection(path, Reading(captions=("title",))).found.used
+    assert used == "images in column filepath, captions in title, as fields alt"
+    assert made(path, tmp_path / "none", captions=("title", "alt"), keep=())["000000001"] == {
+        "jpg": picture(1), "txt": b"only"
+    }  # fmt: skip
 
 
 def test_a_zip_beside_the_table_gives_the_bytes_of_the_folder(tmp_path: Path) -> None:
@@ -297,8 +315,10 @@ def test_a_zip_beside_the_table_gives_the_bytes_of_the_folder(tmp_path: Path) ->
         ("a.json", b'{"images": [{"id": 1}], "annotations": [{"bbox": []}]}', DataError, "no captions"),
         ("a.json", b"\xff\xfe{}", DataError, "not a whole JSON"),
         ("a.json", b"[" * 100_000, DataError, "not a whole JSON"),
-        ("a.csv", b"", DataError, "no column of images"),
-        ("a.csv", b"filepath,caption\n", DataError, "no rows"),
+        ("a.csv", b"", DataError, r"empty \(0 bytes\)"),
+        ("a.csv", b"\nfilepath,caption\n", DataError, "its first line is empty"),
+        ("a.csv", b"filepath,caption\n", DataError, "no rows below the names of its columns"),
+        ("a.csv", b"filepath,caption\n\n\n", DataError, "no rows below the names of its columns"),
         ("a.csv", "filepath,caption\nä.jpg,x".encode("utf-16"), DataError, "UTF-8"),
         ("a.csv", b"name,words\n1,2\n", DataError, "no column of images is known"),
         ("a.csv", b"filepath,words\n1,2\n", DataError, "no column of captions is known"),

@@ -105,9 +105,9 @@ def broken(folder: Path) -> Path:
 
 
 REASONS = [
-    (1, "missing image"), (3, "not an image"), (5, "unreadable image"), (7, "empty caption"),
-    (9, "outside the image folder"), (10, "missing image"), (11, "unreadable image"), (12, "bad caption"),
-    (13, "missing image"),
+    (2, "missing image"), (4, "not an image"), (6, "unreadable image"), (8, "empty caption"),
+    (10, "outside the image folder"), (11, "missing image"), (12, "unreadable image"), (13, "bad caption"),
+    (14, "missing image"),
 ]  # fmt: skip
 
 
