@@ -39,7 +39,7 @@ from clipkit.cli.evaluating import Precision
 from clipkit.cli.output import StageProgress, say
 
 if TYPE_CHECKING:
-    from clipkit.data.curation.duplicates import Deduplication
+    from clipkit.data.curation.deduplication import Deduplication
     from clipkit.data.curation.evaluation import Evaluation
     from clipkit.data.engine import Engine
     from clipkit.evaluation.images import Images
@@ -156,7 +156,8 @@ def _job(
     against: tuple[list[str], list[str]],
     settings: tuple[str, str],
 ) -> Deduplication:
-    from clipkit.data.curation.duplicates import EMBEDDING, Deduplication, Likeness
+    from clipkit.data.curation.deduplication import Deduplication
+    from clipkit.data.curation.duplicates import EMBEDDING, Likeness
     from clipkit.data.curation.hashes import EXACT, PHASH
     from clipkit.data.curation.selection import Target
 
@@ -203,7 +204,7 @@ def _run(
     overwrite: bool,
     dry_run: bool,
 ) -> None:
-    from clipkit.data.curation.duplicates import run_dedup
+    from clipkit.data.curation.deduplication import run_dedup
 
     by_model = bool(job.embedded_by) and job.likeness.cosine is not None
 

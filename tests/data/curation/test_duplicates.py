@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from clipkit.data.buckets import Buckets
-from clipkit.data.curation.duplicates import Deduplication, Likeness, run_dedup
+from clipkit.data.curation.deduplication import Deduplication, run_dedup
+from clipkit.data.curation.duplicates import Likeness
 from clipkit.data.curation.evaluation import Evaluation
 from clipkit.data.curation.groups import Components, repeated, similar_pairs, similar_to
 from clipkit.data.curation.hashes import EXACT, exact_digest, perceptual_hash
