@@ -56,9 +56,12 @@ def test_packed_tables_and_other_names_of_columns_change_nothing(tmp_path: Path)
     plain = write_csv(tmp_path / "t.tsv", ["title", "image"], rows, "\t")
     packed = tmp_path / "packed.tsv.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
+    # As spreadsheets save it: a byte-order mark, which must not become part of the first column's name.
+    marked = tmp_path / "marked.csv"
+    marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     expected = made(path, tmp_path / "a")
-    assert made(plain, tmp_path / "b") == expected
-    assert made(packed, tmp_path / "c") == expected
+    for number, other in enumerate((plain, packed, marked)):
+        assert made(other, tmp_path / str(number)) == expected, other.name
 
 
 def test_parquet_keeps_numbers_and_reads_images_inside(tmp_path: Path) -> None:
