@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import zipfile
 from collections import Counter
@@ -20,7 +21,7 @@ from clipkit.cli import main
 from clipkit.config import load_config, make_config
 from clipkit.proposal.machine import Machine, Speed
 from clipkit.proposal.model import choose_model
-from clipkit.proposal.plan import Pace, plan_data, plan_run, power_of_two, seen_samples
+from clipkit.proposal.plan import Pace, plan_data, plan_run, seen_samples
 from clipkit.proposal.survey import DataFacts, FieldFacts
 from tests.commands import fails
 
@@ -187,12 +188,15 @@ def test_what_is_proposed_is_a_configuration_that_keeps_to_the_budget(
         held = section["holdout"][0] if "holdout" in section else 0
         assert (held > 0) == ("evaluate_every" in run) == (pairs >= 1000)
         assert held <= pairs // 20
-        assert batch == power_of_two(batch)
+        assert batch & (batch - 1) == 0
         micro = config.data.micro_batch or batch
         # A straight line through the two measurements.
         assert (machine.memory or 0) >= 4e9 + (micro - 256) * 2e9 / 192
         if seconds is not None:
             assert samples / rate <= max(seconds, batch / rate)
+        # Not less than it could be: all passes, or most of the time, but for what rounding to passes takes.
+        most = math.inf if seconds is None else 0.8 * seconds * rate
+        assert samples >= min(32 * (pairs - held - batch), most / 2 - batch)
         assert config.model.spec
 
 
