@@ -126,6 +126,7 @@ def test_shards_and_a_model_to_start_from(
         (["empty"], 2, "no table"),
         (["bad.csv"], 3, "no column of images"),
         (["none.csv"], 3, "no samples to write"),
+        (["one/pairs.csv"], 3, "1 usable pair(s): nothing to contrast"),
         (["pairs.csv", "--budget", "soon"], 2, "--budget soon is no time"),
         (["pairs.csv", "--budget", "20%"], 2, "--budget 20% is no time"),
         (["pairs.csv", "--from", "nothing"], 2, "--from nothing"),
@@ -143,6 +144,7 @@ def test_what_cannot_be_looked_at_is_said_in_two_lines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path, rows=4)
+    write_pairs(tmp_path / "one", rows=1)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "none.csv").write_text("filepath,caption\nimages/absent.png,x\n")
@@ -150,6 +152,15 @@ def test_what_cannot_be_looked_at_is_said_in_two_lines(
     assert "--caption-key" not in cure
     assert "--keep" not in cure
     assert not (tmp_path / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("pairs", [2, 5])
+def test_a_handful_of_pairs_is_enough_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run_file(tmp_path / "run.yaml", str(write_pairs(tmp_path / "data", pairs)))
+    assert main(["pretrain", "run.yaml", "--dry-run", "run.steps=2", "run.epochs=null"]) == 0
 
 
 def facts(pairs: int, side: int, tokens: int = 20) -> DataFacts:

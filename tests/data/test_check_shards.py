@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import clipkit.data.checking.job
 import clipkit.data.checking.repair
+import clipkit.data.checking.shard
 from clipkit.cli import main
 from clipkit.data.checking.beside import find_shards
-from clipkit.data.checking.findings import ERROR, Finding
+from clipkit.data.checking.findings import ERROR, NOTE, Finding
 from clipkit.data.checking.job import SetCheck, check_parts, check_set, records_beside
 from clipkit.data.checking.repair import repair_set
 from clipkit.data.checking.samples import SampleRules
@@ -468,6 +470,29 @@ def test_training_rejects_what_the_check_finds_and_nothing_after_a_repair(tmp_pa
         for finding in found.first
         if finding.severity == ERROR and finding.kind != "bad JSON"
     }
+
+
+def test_findings_beyond_the_limit_are_counted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        broken = [[(f"{key(n)}.jpg", b"x"), (f"{key(n)}.txt", b"")] for n in range(SAMPLES)]
+        (tmp_path / f"{number}.tar").write_bytes(tar_bytes(broken))
+    whole = check(tmp_path)[1]
+    assert whole.kinds[ERROR, "bad image"] == whole.kinds[ERROR, "empty caption"] == 2 * SAMPLES
+    assert whole.kinds[NOTE, "key in several shards"] == SAMPLES
+    monkeypatch.setattr(clipkit.data.checking.shard, "MAX_FINDINGS", 3)
+    monkeypatch.setattr(clipkit.data.checking.job, "MAX_SHARED_KEYS", 2)
+    report = tmp_path / "report.jsonl"
+    found = check(tmp_path, report=report)[1]
+    assert {kind: count for kind, count in found.kinds.items() if kind[0] == ERROR} == {
+        kind: count for kind, count in whole.kinds.items() if kind[0] == ERROR
+    }
+    assert found.damaged == found.torn == [0, 1]
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    per_shard = Counter(line["shard"] for line in lines if line["severity"] == ERROR)
+    assert set(per_shard.values()) == {3 + 2}, "three findings, then a line for each kind"
+    assert [line["detail"][:11] for line in lines if line["kind"] == "key in several shards"] == [
+        "also in 0.t", "also in 0.t", "7 more keys"
+    ]  # fmt: skip
 
 
 def test_what_is_no_shard_is_a_finding_and_never_waited_for(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from clipkit.data.checking.samples import SampleRules
 from clipkit.data.engine import Engine
 from clipkit.data.shards import EvaluationItem, write_evaluation_set
 from clipkit.data.source import Unreadable
-from clipkit.types import ConfigError
+from clipkit.types import ConfigError, DataError
 from tests.data.damages import SAMPLES, sample, tar_bytes
 from tests.data.makers import png
 
@@ -86,6 +87,23 @@ def test_a_removed_or_cut_output_is_written_again(
             (out / "00001.tar").unlink()
     repair.repair_set(shards, found, RULES, out, Engine())
     assert (out / "00001.tar").read_bytes() == (whole / "00001.tar").read_bytes()
+
+
+def test_a_shard_of_which_nothing_is_kept_is_listed_and_none_kept_is_an_error(tmp_path: Path) -> None:
+    for name, content in (("0", b""), ("1", tar_bytes([])), ("2", tar_bytes([[("a.txt", b"no image")]]))):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+    shards = sorted(map(str, tmp_path.glob("*.tar")))
+    found = check_set(shards, range(3), RULES, Engine())
+    out = tmp_path / "out"
+    for _ in range(2):  # no record of the first is in the way of the second
+        with pytest.raises(DataError, match=r"nothing in 3 shard\(s\) could be kept") as refused:
+            repair.repair_set(shards, found, RULES, out, Engine())
+        assert "table" not in refused.value.cure
+        assert [path.name for path in out.iterdir()] == ["dropped.jsonl"]
+        lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+        assert [(line["shard"], line["kind"]) for line in lines] == list(
+            zip(shards, ("empty file", "no sample", "missing image"), strict=True)
+        )
 
 
 def test_texts_of_evaluation_sets_that_differ_are_refused(tmp_path: Path) -> None:

@@ -279,6 +279,9 @@ def test_the_command_says_what_is_wrong(
     assert fails(capsys, 2, "--out", "data", "stats", folder, "--out", folder / "0.tar")
     assert fails(capsys, 2, "none of 4 shards", "data", "stats", folder, "--start", "4")
     assert fails(capsys, 3, "has an image and a caption", "data", "stats", folder, "--caption", "json.x")
+    (tmp_path / "empty.tar").write_bytes(tar_bytes([]))
+    assert fails(capsys, 3, "none of 0 samples has an image and a caption (no sample)", "data", "stats",
+                 tmp_path / "empty.tar")  # fmt: skip
     data = (folder / "1.tar").read_bytes()
     (folder / "1.tar").write_bytes(data[: len(data) // 2])
     assert "check-shards" in fails(capsys, 3, "1.tar", "data", "stats", folder)

@@ -73,7 +73,7 @@ def repair_set(
     """Writes clean copies of the damaged shards into `out`, beside hard links to (or copies of) the others.
 
     check: that of the whole set. Repeated after an interruption it continues. Raises ConfigError for a folder
-    that holds other shards, Unreadable for a shard that is out of reach now.
+    that holds other shards, Unreadable for a shard that is out of reach now, DataError when nothing is kept.
     """
     check_destination(shards, out)
     with storing(out):
@@ -113,6 +113,11 @@ def _repair_set(
         records[number]["dropped"].append({**line, "detail": text})
     repaired = _assemble(shards, records, out, broken)
     finished.clear()
+    if len(repaired.lost) == len(shards):
+        raise DataError(
+            f"nothing in {len(shards):,} shard(s) could be kept; what was found is in {out / DROPPED}",
+            "download or write them again",
+        )
     return repaired
 
 
@@ -136,7 +141,8 @@ def _assemble(shards: Sequence[str], records: list[dict[str, Any]], out: Path, b
         if record["shard"] is not None:
             kept.append(ShardRecord(**record["shard"]))
     for folder, kept in folders.items():
-        _finish(folder, kept, shards, out)
+        if kept:
+            _finish(folder, kept, shards, out)
     lost = tuple(shard for shard, record in zip(shards, records, strict=True) if record["shard"] is None)
     taken = len(shards) - len(broken)
     total = sum(record.samples for kept in folders.values() for record in kept)
@@ -272,6 +278,8 @@ class _Salvage:
             return
         grouper = Grouper(self._shard, damage)
         found = self._joined(samples_of(opened, grouper, damage))
+        if not found and not self.dropped:
+            self.drop("", "no sample", "the tar is whole, and holds no sample", None)
         if grouper.ignored:
             text = f"{grouper.ignored} members that belong to no sample"
             self.drop("", "unread members", text, None)
