@@ -320,6 +320,14 @@ def test_files_that_are_not_what_they_seem(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_tables_with_another_sign_between_columns_say_so(tmp_path: Path, sign: str) -> None:
+    path = write_csv(tmp_path / "t.csv", ["filepath", "caption"], [["a.jpg", "x"]], sign)
+    with pytest.raises(DataError) as refused:
+        open_collection(path)
+    assert "commas" in refused.value.cure
+
+
 def test_folders_and_names_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, kind in ((tmp_path / "none", None), (tmp_path / "empty", None), (tmp_path / "none", "pairs")):

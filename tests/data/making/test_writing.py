@@ -368,6 +368,9 @@ def test_finished_shards_are_not_made_again(tmp_path: Path) -> None:
     job.begin(overwrite=False)
     job.run(Engine(), numbers=range(0, 4))
     (tmp_path / "out" / "00002.tar").write_bytes(b"cut short")
+    # What a kill in the midst of writing leaves beside them.
+    for name in ("00003.tar.0123abcd.tmp", "sizes.json.0123abcd.tmp"):
+        (tmp_path / "out" / name).write_bytes(b"half")
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
     again = MakeJob(open_collection(path), tmp_path / "out", Making(samples_per_shard=2), Layout())
     again.begin(overwrite=False)
