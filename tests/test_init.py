@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import zipfile
 from collections import Counter
@@ -20,7 +21,7 @@ from clipkit.cli import main
 from clipkit.config import load_config, make_config
 from clipkit.proposal.machine import Machine, Speed
 from clipkit.proposal.model import choose_model
-from clipkit.proposal.plan import Pace, plan_data, plan_run, power_of_two, seen_samples
+from clipkit.proposal.plan import Pace, plan_data, plan_run, seen_samples
 from clipkit.proposal.survey import DataFacts, FieldFacts
 from tests.commands import fails
 
@@ -125,6 +126,7 @@ def test_shards_and_a_model_to_start_from(
         (["empty"], 2, "no table"),
         (["bad.csv"], 3, "no column of images"),
         (["none.csv"], 3, "no samples to write"),
+        (["one/pairs.csv"], 3, "1 usable pair(s): nothing to contrast"),
         (["pairs.csv", "--budget", "soon"], 2, "--budget soon is no time"),
         (["pairs.csv", "--budget", "20%"], 2, "--budget 20% is no time"),
         (["pairs.csv", "--from", "nothing"], 2, "--from nothing"),
@@ -142,6 +144,7 @@ def test_what_cannot_be_looked_at_is_said_in_two_lines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path, rows=4)
+    write_pairs(tmp_path / "one", rows=1)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "none.csv").write_text("filepath,caption\nimages/absent.png,x\n")
@@ -149,6 +152,15 @@ def test_what_cannot_be_looked_at_is_said_in_two_lines(
     assert "--caption-key" not in cure
     assert "--keep" not in cure
     assert not (tmp_path / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("pairs", [2, 5])
+def test_a_handful_of_pairs_is_enough_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run_file(tmp_path / "run.yaml", str(write_pairs(tmp_path / "data", pairs)))
+    assert main(["pretrain", "run.yaml", "--dry-run", "run.steps=2", "run.epochs=null"]) == 0
 
 
 def facts(pairs: int, side: int, tokens: int = 20) -> DataFacts:
@@ -187,12 +199,15 @@ def test_what_is_proposed_is_a_configuration_that_keeps_to_the_budget(
         held = section["holdout"][0] if "holdout" in section else 0
         assert (held > 0) == ("evaluate_every" in run) == (pairs >= 1000)
         assert held <= pairs // 20
-        assert batch == power_of_two(batch)
+        assert batch & (batch - 1) == 0
         micro = config.data.micro_batch or batch
         # A straight line through the two measurements.
         assert (machine.memory or 0) >= 4e9 + (micro - 256) * 2e9 / 192
         if seconds is not None:
             assert samples / rate <= max(seconds, batch / rate)
+        # Not less than it could be: all passes, or most of the time, but for what rounding to passes takes.
+        most = math.inf if seconds is None else 0.8 * seconds * rate
+        assert samples >= min(32 * (pairs - held - batch), most / 2 - batch)
         assert config.model.spec
 
 

@@ -43,6 +43,13 @@ def shrunk(name: str) -> dict[str, Any]:
     return {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
 
 
+def test_there_is_one_for_every_purpose() -> None:
+    """Without them the tests below would be none."""
+    names = " ".join(path.stem for path in RECIPES)
+    for purpose in ("2m", "12m", "500m", "siglip", "lit", "finetune", "multilingual"):
+        assert purpose in names
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_header_adds_up(path: Path) -> None:
     text = path.read_text()

@@ -8,7 +8,6 @@ from typing import Any
 from clipkit.proposal.machine import Machine, Speed
 from clipkit.proposal.model import Chosen
 from clipkit.proposal.survey import DataFacts
-from clipkit.types import DataError
 
 Section = dict[str, tuple[Any, str]]
 
@@ -59,11 +58,9 @@ def held_out(pairs: int) -> int:
 def plan_data(
     source: dict[str, Any] | str, data: DataFacts, chosen: Chosen, machine: Machine, pace: Pace, seen: float
 ) -> Section:
-    """Returns the data section; `seen`: samples that the run will see. Raises DataError for too few pairs."""
+    """Returns the data section; `seen`: samples that the run will see. There are at least two pairs."""
     held = held_out(data.pairs)
     train = data.pairs - held
-    if train < 2:
-        raise DataError(f"{data.pairs} pair(s): nothing to contrast", "give at least two pairs")
     usable = power_of_two(train / (8 if train >= 64 else 2))
     batch = min(
         max(2, usable), _LARGEST_BATCH[machine.device], max(_SMALLEST_BATCH, power_of_two(seen / _STEPS))

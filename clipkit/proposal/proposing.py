@@ -26,7 +26,7 @@ from clipkit.proposal.plan import (
 from clipkit.proposal.sampling import copy_raw, copy_shards
 from clipkit.proposal.survey import DataFacts, FieldFacts, at, survey
 from clipkit.redaction import visible
-from clipkit.types import ConfigError
+from clipkit.types import ConfigError, DataError
 
 _WIDTH = 110
 _OPTIONS = {"--caption-key": "--caption", "--images": "--image-root", " and --keep": ""}
@@ -115,9 +115,13 @@ def _paced(folder: Path, facts: DataFacts, chosen: Chosen, machine: Machine, pro
     section = {key: value for key, (value, _) in chosen.values.items()}
     # Weights change nothing of the speed, and may have to be fetched.
     section.pop("init", None)
-    rows = min(_MEASURED_BATCH[machine.device], power_of_two(facts.looked - facts.unusable.total()))
+    usable = facts.looked - facts.unusable.total()
+    if usable < 2:
+        raise DataError(f"{usable} usable pair(s): nothing to contrast", "give at least two pairs")
+    rows = min(_MEASURED_BATCH[machine.device], power_of_two(usable))
+    fewer = max(2, rows // 4)
     speeds = []
-    for number, batch in enumerate((max(1, rows // 4), rows)):
+    for number, batch in enumerate((fewer, rows)):
         progress("measuring steps", number, 2)
         values = {
             "model": section,
@@ -138,7 +142,7 @@ def _paced(folder: Path, facts: DataFacts, chosen: Chosen, machine: Machine, pro
         raise ConfigError(
             f"the model does not fit into the memory of this {machine.name}", "name a smaller one with --from"
         )
-    return Pace(small, large if rows > 1 else None)
+    return Pace(small, large if rows > fewer else None)
 
 
 def _lines(data: str, facts: DataFacts, chosen: Chosen, sections: dict[str, Section]) -> Iterator[str]:

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import clipkit.data.checking.job
 import clipkit.data.checking.repair
+import clipkit.data.checking.shard
 from clipkit.cli import main
 from clipkit.data.checking.beside import find_shards
-from clipkit.data.checking.findings import ERROR
+from clipkit.data.checking.findings import ERROR, NOTE, Finding
 from clipkit.data.checking.job import SetCheck, check_parts, check_set, records_beside
 from clipkit.data.checking.repair import repair_set
 from clipkit.data.checking.samples import SampleRules
@@ -55,6 +57,22 @@ def check(
     return shards, found
 
 
+CLEAN = tar_bytes([sample(number) for number in range(SAMPLES)])
+# Met behind what is wrong (zeros pass over to the next header, a key comes again), or all over the shard.
+STANDS_ELSEWHERE = {"zeros", "key used twice", "unread members"}
+
+
+def stands_there(finding: Finding, damage: Damage, place: int) -> bool:
+    """Whether a finding names the member that was damaged, or the last one before it, and its header."""
+    if damage.lost == "all":
+        return (finding.member, finding.byte) == ("", 0)
+    if damage.kind in STANDS_ELSEWHERE:
+        return True
+    headers = {header_of(CLEAN, name) for name, _ in sample(place)}
+    before = f"{key(place - 1)}.txt" if place else ""
+    return finding.byte in headers and (key(place) in finding.member or finding.member == before)
+
+
 def one_case(folder: Path, damage: Damage, place: int) -> list[str]:
     """What is wrong with the check or the repair of one damage; empty: nothing."""
     folder.mkdir()
@@ -69,6 +87,8 @@ def one_case(folder: Path, damage: Damage, place: int) -> list[str]:
     kind = (damage.first if place == 0 else "") or damage.kind
     if kind not in kinds:
         problems.append(f"not found: {kind!r}, only {sorted(kinds)}")
+    elif not any(stands_there(finding, damage, place) for finding in about if finding.kind == kind):
+        problems.append(f"found elsewhere: {[(found.member, found.byte) for found in about]}")
     if damage.note and any(finding.severity == ERROR for finding in about):
         problems.append("an error where a note was due")
     if len(about) != len(found.first):
@@ -363,16 +383,23 @@ def test_the_report_does_not_depend_on_workers_and_interruptions(tmp_path: Path)
         check_set(shards, share, RULES, Engine(), report=report)
         assert not report.exists()
     assert known(check_parts(shards, RULES), records_beside(report, RULES)) == 6
-    stopped = dict.fromkeys(shards)
+    first, status = Path(shards[0]).read_bytes(), os.stat(shards[0])
+    for content in (bytes(len(first)), first):
+        Path(shards[0]).write_bytes(content)
+        os.utime(shards[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+        if content != first:
+            check(folder, report=report)
+    assert report.read_bytes() == expected
+    report.unlink()
 
     def stop(done: int, total: int) -> None:
-        if done == 3 and stopped:
-            stopped.clear()
+        if done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         check_set(shards, range(6), RULES, Engine(), report=report, on_shard=stop)
     assert not report.exists()
+    assert known(check_parts(shards, RULES), records_beside(report, RULES)) == 3
     check(folder, report=report)
     assert report.read_bytes() == expected
     assert [path.name for path in tmp_path.iterdir() if path.name != "set"] == ["report.jsonl"]
@@ -393,7 +420,9 @@ def test_an_interrupted_repair_continues_to_the_same_bytes(tmp_path: Path) -> No
     repair_set(shards, found, RULES, whole, Engine(2))
     with pytest.raises(KeyboardInterrupt):
         repair_set(shards, found, RULES, parts, Engine(), on_shard=stop)
-    repair_set(shards, found, RULES, parts, Engine())
+    shown: list[int] = []
+    repair_set(shards, found, RULES, parts, Engine(), on_shard=lambda done, _: shown.append(done))
+    assert shown == [3, 4, 5], "the first two were there"
     names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(parts) for path in parts.rglob("*") if path.is_file())
     assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
@@ -463,21 +492,54 @@ OF_SAMPLES = {
 }
 
 
-def test_a_set_without_errors_is_read_without_a_reject(tmp_path: Path) -> None:
-    """Clean means: training takes every sample, and the same ones after a repair."""
+def test_training_rejects_what_the_check_finds_and_nothing_after_a_repair(tmp_path: Path) -> None:
+    """Of every damage that the strict index passes: the same samples, for the same reasons."""
     folder = tmp_path / "set"
     folder.mkdir()
-    for number, damage in enumerate(DAMAGES[24:40:3]):
-        write_damaged(folder / f"{number}.tar", damage, 4)
+    for number, damage in enumerate(DAMAGES):
+        shard = write_damaged(folder / f"{number:02d}.tar", damage, 4)
+        try:
+            scan_shard(str(shard))
+        except DataError:
+            shard.unlink()
     shards, found = check(folder)
+    assert len(shards) > 20
     done = repair_set(shards, found, RULES, tmp_path / "out", Engine())
     clean = sorted(map(str, (tmp_path / "out").glob("*.tar")))
     opened = stream(clean, done.samples)
     (batch,) = take(opened, 0, 1)
     assert batch.rejects == ()
     assert len(set(batch.ids.tolist())) == done.samples
-    (batch,) = take(stream(shards, done.samples, max_reject_fraction=1.0), 0, 1)
-    assert {reject.reason for reject in batch.rejects} <= {finding.kind for finding in found.first}
+    (batch,) = take(stream(shards, found.samples, max_reject_fraction=1.0), 0, 1)
+    # No caption is in the JSON here: training does not read it.
+    assert {(reject.shard, reject.key, reject.reason) for reject in batch.rejects} == {
+        (finding.shard, finding.member.partition(".")[0], finding.kind)
+        for finding in found.first
+        if finding.severity == ERROR and finding.kind != "bad JSON"
+    }
+
+
+def test_findings_beyond_the_limit_are_counted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        broken = [[(f"{key(n)}.jpg", b"x"), (f"{key(n)}.txt", b"")] for n in range(SAMPLES)]
+        (tmp_path / f"{number}.tar").write_bytes(tar_bytes(broken))
+    whole = check(tmp_path)[1]
+    assert whole.kinds[ERROR, "bad image"] == whole.kinds[ERROR, "empty caption"] == 2 * SAMPLES
+    assert whole.kinds[NOTE, "key in several shards"] == SAMPLES
+    monkeypatch.setattr(clipkit.data.checking.shard, "MAX_FINDINGS", 3)
+    monkeypatch.setattr(clipkit.data.checking.job, "MAX_SHARED_KEYS", 2)
+    report = tmp_path / "report.jsonl"
+    found = check(tmp_path, report=report)[1]
+    assert {kind: count for kind, count in found.kinds.items() if kind[0] == ERROR} == {
+        kind: count for kind, count in whole.kinds.items() if kind[0] == ERROR
+    }
+    assert found.damaged == found.torn == [0, 1]
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    per_shard = Counter(line["shard"] for line in lines if line["severity"] == ERROR)
+    assert set(per_shard.values()) == {3 + 2}, "three findings, then a line for each kind"
+    assert [line["detail"][:11] for line in lines if line["kind"] == "key in several shards"] == [
+        "also in 0.t", "also in 0.t", "7 more keys"
+    ]  # fmt: skip
 
 
 def test_what_is_no_shard_is_a_finding_and_never_waited_for(tmp_path: Path) -> None:

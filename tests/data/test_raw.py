@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,18 +22,10 @@ from clipkit.data.raw.sharing import refuse_unknown_columns, shards_of
 from clipkit.dist import World
 from clipkit.train.first_look import open_sources
 from clipkit.types import ConfigError, DataError
+from tests.data.makers import png
+from tests.data.making.makers import samples as samples_below
 
 Rows = list[dict[str, str]]
-
-
-def png(number: int) -> bytes:
-    from io import BytesIO
-
-    from PIL import Image
-
-    stream = BytesIO()
-    Image.new("RGB", (8, 8), (number * 7 % 256, number % 256, 0)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def write_table(folder: Path, rows: int = 10, name: str = "pairs.csv", **columns: Sequence[str]) -> Path:
@@ -58,15 +49,7 @@ def make(path: Path, *captions: str, notes: list[str] | None = None, **rules: An
 
 def samples(made: Made) -> dict[str, dict[str, bytes]]:
     """Key -> extension -> bytes, by tarfile."""
-    found: dict[str, dict[str, bytes]] = {}
-    for shard in sorted(made.folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                stream = tar.extractfile(member)
-                assert stream is not None
-                found.setdefault(key, {})[extension] = stream.read()
-    return found
+    return samples_below(made.folder)
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -225,6 +208,7 @@ def test_a_killed_making_continues_and_gives_the_same_bytes(
     assert len(before) >= 4
     made = make(table)
     assert made.content == whole.content
+    assert samples(made) == samples(whole)
     kept = {name: stamp for name, stamp in stamps(folder).items() if name in before}
     assert sum(kept[name] == before[name] for name in kept) >= 4
 

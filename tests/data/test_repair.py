@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +19,20 @@ from clipkit.data.checking.samples import SampleRules
 from clipkit.data.engine import Engine
 from clipkit.data.shards import EvaluationItem, write_evaluation_set
 from clipkit.data.source import Unreadable
-from clipkit.types import ConfigError
+from clipkit.types import ConfigError, DataError
 from tests.data.damages import SAMPLES, sample, tar_bytes
 from tests.data.makers import png
 
 RULES = SampleRules()
+CONTENT = tar_bytes([sample(number) for number in range(SAMPLES)])
 
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> tuple[list[str], SetCheck]:
     """Two shards; the second one is cut in the middle."""
-    content = tar_bytes([sample(number) for number in range(SAMPLES)])
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "00000.tar").write_bytes(tar_bytes([sample(100)]))
-    (tmp_path / "set" / "00001.tar").write_bytes(content[: len(content) // 2])
+    (tmp_path / "set" / "00001.tar").write_bytes(CONTENT[: len(CONTENT) // 2])
     shards = sorted(map(str, (tmp_path / "set").iterdir()))
     return shards, check_set(shards, range(2), RULES, Engine())
 
@@ -57,7 +60,11 @@ def test_a_read_that_fails_ends_a_repair_and_costs_no_shard(
         assert not (tmp_path / "out" / "manifest.json").exists()
     done = repair.repair_set(shards, found, RULES, tmp_path / "out", Engine())
     assert done.lost == ()
-    assert done.samples > 1
+    # One per caption, the last member of a sample, that ends before the cut.
+    cut = Path(shards[1]).stat().st_size
+    with tarfile.open(fileobj=io.BytesIO(CONTENT)) as tar:
+        whole = [member for member in tar if member.offset_data + -(-member.size // 512) * 512 <= cut]
+    assert done.samples == 1 + sum(member.name.endswith(".txt") for member in whole) > 1
 
 
 def test_a_removed_or_cut_output_is_written_again(
@@ -80,6 +87,23 @@ def test_a_removed_or_cut_output_is_written_again(
             (out / "00001.tar").unlink()
     repair.repair_set(shards, found, RULES, out, Engine())
     assert (out / "00001.tar").read_bytes() == (whole / "00001.tar").read_bytes()
+
+
+def test_a_shard_of_which_nothing_is_kept_is_listed_and_none_kept_is_an_error(tmp_path: Path) -> None:
+    for name, content in (("0", b""), ("1", tar_bytes([])), ("2", tar_bytes([[("a.txt", b"no image")]]))):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+    shards = sorted(map(str, tmp_path.glob("*.tar")))
+    found = check_set(shards, range(3), RULES, Engine())
+    out = tmp_path / "out"
+    for _ in range(2):  # no record of the first is in the way of the second
+        with pytest.raises(DataError, match=r"nothing in 3 shard\(s\) could be kept") as refused:
+            repair.repair_set(shards, found, RULES, out, Engine())
+        assert "table" not in refused.value.cure
+        assert [path.name for path in out.iterdir()] == ["dropped.jsonl"]
+        lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+        assert [(line["shard"], line["kind"]) for line in lines] == list(
+            zip(shards, ("empty file", "no sample", "missing image"), strict=True)
+        )
 
 
 def test_texts_of_evaluation_sets_that_differ_are_refused(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_failing_sample_leaves_no_shard_of_that_name(tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "/a", "x" * 81])
+@pytest.mark.parametrize("key", ["", "a.b", "/a", "x" * 81, "é" * 41])
 def test_keys_that_readers_would_misread_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(DataError, match="key"):
         write_train_shards([Sample(key, png(0), "png", ("a",))], tmp_path)

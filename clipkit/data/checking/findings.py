@@ -53,7 +53,9 @@ _CURES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding: `shard` and, where it has one, the member and the byte of its header in the shard."""
+    """One finding: `shard` and, where it has one, the member concerned (of a header that cannot be read the
+    last member before it) and the byte of the header where it was met.
+    """
 
     shard: str
     kind: str

@@ -74,7 +74,7 @@ def repair_set(
 
     check: that of the whole set. Repeated after an interruption it continues, and after its end it does
     nothing. Raises ConfigError for a folder that holds other shards, Unreadable for a shard that is out of
-    reach now.
+    reach now, DataError when nothing is kept.
     """
     check_destination(shards, out)
     ended = _begin(shards, rules, out)
@@ -134,6 +134,12 @@ def _repair_set(
         line = {"shard": redact(shards[number]), "member": "", "byte": None, "kind": "bytes changed"}
         records[number]["dropped"].append({**line, "detail": text})
     repaired, outputs = _assemble(shards, records, out, broken)
+    if len(repaired.lost) == len(shards):
+        finished.clear()
+        raise DataError(
+            f"nothing in {len(shards):,} shard(s) could be kept; what was found is in {out / DROPPED}",
+            "download or write them again",
+        )
     finished.end(outputs, repaired.samples, asdict(repaired))
     return repaired
 
@@ -163,7 +169,8 @@ def _assemble(
     outputs = [out / DROPPED]
     for folder, kept in folders.items():
         outputs += [folder / record.name for record in kept]
-        outputs += _finish(folder, kept, shards, out)
+        if kept:
+            outputs += _finish(folder, kept, shards, out)
     lost = tuple(shard for shard, record in zip(shards, records, strict=True) if record["shard"] is None)
     taken = len(shards) - len(broken)
     total = sum(record.samples for kept in folders.values() for record in kept)
@@ -301,6 +308,8 @@ class _Salvage:
             return
         grouper = Grouper(self._shard, damage)
         found = self._joined(samples_of(opened, grouper, damage))
+        if not found and not self.dropped:
+            self.drop("", "no sample", "the tar is whole, and holds no sample", None)
         if grouper.ignored:
             text = f"{grouper.ignored} members that belong to no sample"
             self.drop("", "unread members", text, None)

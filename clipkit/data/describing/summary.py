@@ -114,7 +114,7 @@ def summarize(
     for record in survey(describe, parts, engine, records, on_shard):
         _add(whole, record, candidates)
     if not whole.described:
-        why = ", ".join(whole.counts["unusable"]) if whole.counts else "no sample"
+        why = ", ".join(whole.counts.get("unusable", ())) or "no sample"
         raise DataError(
             f"none of {whole.samples:,} samples has an image and a caption ({why})",
             "give shards for training, or name the caption field by --caption",

@@ -96,7 +96,12 @@ def choose_columns(source: str, columns: Sequence[str], reading: Reading) -> tup
     if image is None or not captions:
         what = "images" if image is None else "captions"
         found = ", ".join(columns) or "nothing"
-        raise DataError(f"{source}: no column of {what} is known by its name (found: {found})", _CURE)
+        # Spreadsheets write semicolons where the comma is the decimal sign.
+        joined = len(columns) == 1 and any(sign in columns[0] for sign in ";\t|")
+        raise DataError(
+            f"{source}: no column of {what} is known by its name (found: {found})",
+            "separate the columns by commas, or by tabs in a file named .tsv" if joined else _CURE,
+        )
     return image, captions
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from clipkit.data.making import ImageRules
 from clipkit.data.making.images import inspect
-from clipkit.data.sample import Unusable
+from clipkit.data.sample import Unusable, decode_image
 from clipkit.types import ConfigError
 from tests.data.making.makers import picture
 
@@ -149,6 +149,8 @@ def test_what_training_would_refuse_by_its_header_is_refused(content: bytes, rea
     with pytest.raises(Unusable) as caught:
         inspect(content)
     assert caught.value.reason == reason
+    with pytest.raises(Unusable):
+        decode_image(content)
 
 
 def test_damage_behind_the_header_is_found_where_pixels_are_needed() -> None:

@@ -56,9 +56,12 @@ def test_packed_tables_and_other_names_of_columns_change_nothing(tmp_path: Path)
     plain = write_csv(tmp_path / "t.tsv", ["title", "image"], rows, "\t")
     packed = tmp_path / "packed.tsv.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
+    # As spreadsheets save it: a byte-order mark, which must not become part of the first column's name.
+    marked = tmp_path / "marked.csv"
+    marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     expected = made(path, tmp_path / "a")
-    assert made(plain, tmp_path / "b") == expected
-    assert made(packed, tmp_path / "c") == expected
+    for number, other in enumerate((plain, packed, marked)):
+        assert made(other, tmp_path / str(number)) == expected, other.name
 
 
 def test_parquet_keeps_numbers_and_reads_images_inside(tmp_path: Path) -> None:
@@ -335,6 +338,14 @@ def test_files_that_are_not_what_they_seem(
     with pytest.raises(error, match=cause):
         made(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_tables_with_another_sign_between_columns_say_so(tmp_path: Path, sign: str) -> None:
+    path = write_csv(tmp_path / "t.csv", ["filepath", "caption"], [["a.jpg", "x"]], sign)
+    with pytest.raises(DataError) as refused:
+        open_collection(path)
+    assert "commas" in refused.value.cure
 
 
 def test_folders_and_names_that_hold_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real sets, cut small: raw to shards that the strict index finds whole, or to a set the evaluation reads."""
+"""Real sets, cut small: raw to shards that index and check find whole, or to a set the evaluation reads."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def test_pairs_become_training_shards(real_data: Path, tmp_path: Path, name: str
     out = tmp_path / "out"
     assert main(["data", "make-shards", str(tmp_path / name), "--out", str(out), "--workers", "1"]) == 0
     assert main(["index", str(out)]) == 0
+    assert main(["data", "check-shards", str(out)]) == 0
     found = list(samples(out).values())
     assert [members["txt"].decode() for members in found] == [
         " ".join(row["caption"].split()) for (row,) in rows
@@ -71,9 +72,7 @@ def test_labels_become_classification_sets(real_data: Path, tmp_path: Path, name
     data = open_classification(out)
     assert data.labels.tolist() == [int(row["label"]) for (row,) in rows.values()]
     assert data.names is not None
-    assert (
-        list(data.names) == (real_data / name / "classnames.txt").read_text().split("\n")[: len(data.names)]
-    )
+    assert list(data.names) == (real_data / name / "classnames.txt").read_text().splitlines()
     again = tmp_path / "train"
     assert main(["data", "make-shards", str(tmp_path / name), "--out", str(again)]) == 0
     assert [members["txt"].decode() for members in samples(again).values()] == [
