@@ -87,6 +87,17 @@ class Deduplication:
         if not against and not self.within:
             raise ConfigError("nothing to compare with", "pass --by KIND, --against DATA, or both")
 
+    def check_others(self, shards: Sequence[str]) -> None:
+        """Raises ConfigError when one of the shards is among those that they are compared with."""
+        both = sorted(set(map(_place, shards)) & set(map(_place, self.against)))
+        if both:
+            raise ConfigError(f"{both[0]} is among the shards and in --against", "give shards of another set")
+
+    def inputs(self) -> list[Path]:
+        """Returns the files and folders that are read besides shards."""
+        sets = map(Path, self.evaluation_sets[:-1])
+        return [*sets] if self.embeddings is None else [self.embeddings, *sets]
+
     def options(self) -> dict[str, Any]:
         """Returns what rows and outputs depend on besides files, by the options of the command."""
         likeness = self.likeness
@@ -143,40 +154,31 @@ def run_dedup(
     job.check()
     shards = plain_shards(specs)
     numbers = numbers_of(len(shards))
-    likeness = job.likeness
-    both = sorted(set(map(_place, shards)) & set(map(_place, job.against)))
-    if both:
-        raise ConfigError(f"{both[0]} is among the shards and in --against", "give shards of another set")
-    read = [] if job.embeddings is None else [job.embeddings]
-    facts = [["the model's weights", *job.embedded_by]] if job.embedded_by else []
-    facts += shard_inputs(job.against)
+    job.check_others(shards)
+    weights = [["the model's weights", *job.embedded_by]] if job.embedded_by else []
     with working(
         job.target,
         shards,
         "dedup",
         job.options(),
-        inputs=[*read, *map(Path, job.evaluation_sets[:-1])],
-        facts=facts,
+        inputs=job.inputs(),
+        facts=[*weights, *shard_inputs(job.against)],
         overwrite=overwrite,
         dry_run=dry_run,
     ) as survey:
         if survey.ended is not None:
             return Outcome(0, ended=survey.ended)
-        held_out = None
-        if len(numbers) == len(shards):
-            # First: what cannot be read is refused before hours of work.
-            held_out = None if evaluation is None else evaluation()
-            if job.against:
-                others = _survey_others(job, survey, engine, embed, progress)
-                held_out = others if held_out is None else held_out.joined(others)
-        kinds = (likeness.hashes, job.caption, job.uid_field)
+        whole = len(numbers) == len(shards)
+        # First: what cannot be read is refused before hours of work.
+        held_out = _held_out(job, survey, engine, embed, evaluation, progress) if whole else None
+        kinds = (job.likeness.hashes, job.caption, job.uid_field)
         survey.make(HASHES, fingerprint_shard, numbers, engine, progress, kinds)
         if embed is not None:
             survey.make(VECTORS, embed, numbers, Engine(), progress)
-        if len(numbers) < len(shards):
+        if not whole:
             return Outcome(len(numbers))
         verdicts = DuplicateVerdicts(
-            survey, likeness, within=job.within, evaluation=held_out, embeddings=job.embeddings
+            survey, job.likeness, within=job.within, evaluation=held_out, embeddings=job.embeddings
         )
         summary = summarize(survey, HASHES, verdicts)
         records: list[ShardRecord] = []
@@ -195,17 +197,22 @@ def _place(shard: str) -> str:
     return shard if is_remote(shard) else os.path.realpath(shard)
 
 
-def _survey_others(
+def _held_out(
     job: Deduplication,
     survey: Survey,
     engine: Engine,
     embed: Callable[[str], dict[str, Rows]] | None,
+    evaluation: Callable[[], Evaluation] | None,
     progress: OnPart | None,
-) -> Evaluation:
-    """The samples of `job.against`; what is known of them lies with the rest, so that the job continues."""
+) -> Evaluation | None:
+    """What must not be trained on; what is known of shards lies with the rest, so that the job continues."""
+    pictures = None if evaluation is None else evaluation()
+    if not job.against:
+        return pictures
     others = Survey(job.against, survey.work)
     numbers = range(len(job.against))
     others.make(OTHER_HASHES, fingerprint_shard, numbers, engine, progress, ((PHASH,), job.caption))
     if embed is not None:
         others.make(OTHER_VECTORS, embed, numbers, Engine(), progress)
-    return samples_of(others, OTHER_HASHES, None if embed is None else OTHER_VECTORS)
+    samples = samples_of(others, OTHER_HASHES, None if embed is None else OTHER_VECTORS)
+    return samples if pictures is None else pictures.joined(samples)

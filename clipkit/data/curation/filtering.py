@@ -283,16 +283,9 @@ def run_filter(
             if job.scores_out is not None and kind is not None:
                 write_scores(survey, kind, job.scores_out)
             more = {} if verdicts.threshold is None else {"threshold": verdicts.threshold}
+            beside = [] if job.scores_out is None else [job.scores_out]
             records = write_selection(
-                survey,
-                SAMPLES,
-                verdicts,
-                summary,
-                job.target,
-                engine,
-                progress,
-                more,
-                beside=[] if job.scores_out is None else [job.scores_out],
+                survey, SAMPLES, verdicts, summary, job.target, engine, progress, more, beside
             )
         return Outcome(len(shards), summary, verdicts.threshold, tuple(records))
 

@@ -182,7 +182,7 @@ def test_scores_of_another_job_are_not_replaced(
     scores.write_text("of hours of work")
     by_field = ("--clip-score", "json.score", "--min", 0.3, "--scores-out", scores)
     assert run("filter", pool, "--out", tmp_path / "a", *by_field) == 2
-    assert f"--scores-out {scores} exists" in capsys.readouterr().err
+    assert f"{scores} exists already" in capsys.readouterr().err
     assert scores.read_text() == "of hours of work"
     assert not (tmp_path / "a").exists()
     assert run("filter", pool, "--out", tmp_path / "a", *by_field, "--overwrite") == 0
