@@ -22,7 +22,13 @@ from clipkit.data.engine import Engine
 from clipkit.data.finished import Finished, is_whole, storing
 from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, SampleSpan
 from clipkit.data.shard_records import OnShard
-from clipkit.data.shards import ShardRecord, finish_train_shards, write_copied_shard, write_text
+from clipkit.data.shards import (
+    ShardRecord,
+    finish_train_shards,
+    remove_left,
+    write_copied_shard,
+    write_text,
+)
 from clipkit.data.source import Unreadable, is_remote
 from clipkit.data.tar_format import Member, ShardDamage
 from clipkit.data.tar_index import replacing
@@ -149,6 +155,7 @@ def _finish(folder: Path, kept: list[ShardRecord], shards: Sequence[str], out: P
         finish_train_shards(folder, kept)
         return
     # An evaluation set: its texts stand beside its splits, and shards are counted from 0.
+    remove_left(folder)
     write_text(folder / COUNTER, f"{len(kept)}\n")
     for name, text in _texts(shards, out).items():
         shutil.copyfile(text, out / name)

@@ -11,7 +11,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import re
 import shutil
 import tarfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -46,8 +45,6 @@ _SURVEY_BLOCK = 1000
 _TAR_BLOCK = 512
 _BEGUN, _PLAN = "begun", "plan"
 _REJECTS = "rejects.jsonl"
-# What a killed job can leave: the name of a file that it was writing, as `shards` makes them.
-_LEFT = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
 
 
 @dataclass(frozen=True)
@@ -242,10 +239,6 @@ class MakeJob:
                 f"{self.folder}: {made.empty} shards would be empty, and the layout has no gaps",
                 "pass a larger --samples-per-shard, or repair the rows",
             )
-        for folder in {self.folder, self.out}:
-            for left in folder.iterdir():
-                if _LEFT.search(left.name):
-                    left.unlink(missing_ok=True)
         self._write_rejects(len(self._bounds or ()) - 1)
         if self.layout.train:
             finish_train_shards(self.out, made.records, self.job)
