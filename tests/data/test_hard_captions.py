@@ -65,9 +65,14 @@ def test_other_true_captions_are_never_given_back() -> None:
 
 
 def test_exchanges_have_the_case_the_number_and_the_article() -> None:
-    for caption in made("An orange cat and two Dogs", rules=("replace",)):
+    found = made("An orange cat and two Dogs", rules=("replace",))
+    # The colour, the animal, the number and the other animal: each of them in some caption.
+    for place in (1, 2, 4, 5):
+        assert len({caption.split()[place] for caption in found}) > 1
+    for caption in found:
         assert re.match(r"(An [aeiou]|A [^aeiou])", caption), caption
         assert re.search(r"[A-Z][a-z]+s$", caption), caption
+    assert {caption.split()[0] for caption in found} == {"A", "An"}
 
 
 def test_names_of_other_things_are_left_alone() -> None:
