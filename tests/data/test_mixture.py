@@ -64,6 +64,7 @@ def test_draws_are_what_a_slow_count_finds(batch_size: int, lanes: tuple[int, ..
     mixture = Mixture(batch_size, parts_of((0.7, 0.3)), seed=9)
     used: Counter[tuple[int, int]] = Counter()
     for step in range(40):
+        before = used.copy()
         expected: list[list[tuple[int, int, int]]] = [[], []]
         for row, source in enumerate(mixture.sources(step, 0, batch_size).tolist()):
             lane = row * lanes[source] // batch_size
@@ -74,6 +75,8 @@ def test_draws_are_what_a_slow_count_finds(batch_size: int, lanes: tuple[int, ..
                 drawn = mixture.draws(source, lanes[source], step, first, end)
                 found = list(zip(*(column.tolist() for column in drawn[:3]), strict=True))
                 assert found == [place for place in expected[source] if first <= place[0] < end]
+                spans = {row * lanes[source] // batch_size for row in range(first, end)}
+                assert drawn.least == min(before[source, lane] for lane in spans)
 
 
 def test_parts_are_the_weights_as_written() -> None:

@@ -315,6 +315,13 @@ def test_planted_duplicates_go_and_the_first_stays(
     assert all(line["same_as"]["shard"] == "0.tar" for line in dropped)
 
 
+def test_bounds_of_likeness_are_those_that_are_asked_for(planted: Path, tmp_path: Path) -> None:
+    for distance, expected in ((0, {8, 10}), (4, {8, 10, 11})):
+        given = ("--by", "phash", "--distance", distance, "--overwrite")
+        assert run("dedup", planted, "--out", tmp_path / "out", *given) == 0
+        assert {*range(12)} - {*keys(tmp_path / "out")} == expected
+
+
 def test_evaluation_images_are_found_and_removed(planted: Path, tmp_path: Path) -> None:
     (tmp_path / "set" / "cup").mkdir(parents=True)
     (tmp_path / "set" / "hat").mkdir()
@@ -346,6 +353,9 @@ def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path
     assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", *given) == 0
     with (tmp_path / "k.csv").open(newline="") as stream:
         assert [int(row["key"]) for row in csv.DictReader(stream)] == [n for n in range(12) if n != 7]
+    # The cosine of 5 and 7 is 0.9998.
+    assert run("dedup", planted, "--keys-out", tmp_path / "all.csv", *given, "--cosine", 0.9999) == 0
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 13
     np.save(tmp_path / "v.npy", vectors[:5])
     assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", "--overwrite", *given) == 3
 

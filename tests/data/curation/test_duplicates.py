@@ -198,21 +198,27 @@ def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
 
 def test_a_pair_that_matches_by_hash_and_by_embedding_is_one_pair(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8))
-    members = [
-        [("a.png", encoded(image, "PNG")), ("a.txt", b"a")],
-        [("b.png", png(1, 16)), ("b.txt", b"b")],
-    ]  # fmt: skip
-    write_tar(tmp_path / "0.tar", members)
+    others = [[(f"{key}.png", png(ord(key), 16)), (f"{key}.txt", b"x")] for key in "bcd"]
+    same = [("a.png", encoded(image, "PNG")), ("a.txt", b"a")]
+    for number, members in enumerate((others[:2], [], [others[2], same])):
+        write_tar(tmp_path / f"{number}.tar", members)
+    vectors = {
+        "0.tar": {"samples": rows_of(["b", "c"]), "vectors": np.eye(4, dtype=np.float32)[:2]},
+        "1.tar": {"samples": rows_of([]), "vectors": np.zeros((0, 4), np.float32)},
+        "2.tar": {"samples": rows_of(["d", "a"]), "vectors": np.eye(4, dtype=np.float32)[2:]},
+    }
     hashes = np.array([perceptual_hash(image)], np.uint64)
-    evaluation = Evaluation(("e",), hashes, np.array([True]), np.array([[1, 0]], np.float32))
+    evaluation = Evaluation(("e",), hashes, np.array([True]), np.array([[0, 0, 0, 1]], np.float32))
     job = Deduplication(
         Likeness((), phash=True, cosine=0.9), Target(tmp_path / "out", None), (),
         embedded_by=("m",), evaluation_sets=("e",),
     )  # fmt: skip
-    rows = {"samples": rows_of(["a", "b"]), "vectors": np.eye(2, dtype=np.float32)}
-    done = run_dedup(job, [str(tmp_path / "0.tar")], Engine(), lambda _: rows, lambda: evaluation)
+    done = run_dedup(
+        job, [str(tmp_path)], Engine(), lambda shard: vectors[Path(shard).name], lambda: evaluation
+    )
     assert done.matches == 1
+    assert [record.samples for record in done.records] == [2, 1]
     (line,) = (tmp_path / "out" / "evaluation_matches.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "shard": "0.tar", "key": "a", "image": "e", "distance": 0, "cosine": pytest.approx(1),
+        "shard": "2.tar", "key": "a", "image": "e", "distance": 0, "cosine": pytest.approx(1),
     }  # fmt: skip
