@@ -114,6 +114,23 @@ def test_shards_keep_every_other_member_and_the_draws_their_samples(tmp_path: Pa
     assert read(tmp_path / "again.tar") == after
 
 
+def test_true_captions_of_the_json_are_never_given_back(tmp_path: Path) -> None:
+    """Every sample draws another number for `two`; those that true captions name are never drawn."""
+    named = [f"{number} dogs" for number in ("one", "three", "four", "five")]
+    drawn = []
+    for at, document in enumerate(({}, {"captions": named}, {"caption": named[1]})):
+        source = write_tar(tmp_path / f"{at}.tar", [sample(n, "two dogs", {**document}) for n in range(40)])
+        out = tmp_path / f"out{at}.tar"
+        add_hard_captions(out, str(source), HardCaptions())
+        documents = [json.loads(data) for name, data in read(out).items() if name.endswith("json")]
+        assert len(documents) == 40
+        drawn.append({caption for document in documents for caption in document["hard"]})
+    assert {*named[1:]} <= drawn[0]
+    assert drawn[1]
+    assert not {*named} & drawn[1]
+    assert named[1] not in drawn[2]
+
+
 def test_an_entry_that_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "in.tar", [sample(0, "two dogs", {"hard": ["mine"]})])
     with pytest.raises(DataError, match="has an entry 'hard' already"):

@@ -102,6 +102,31 @@ def test_kept_samples_are_copied_as_they_are_whatever_the_workers(pool: Path, tm
     assert summary["rules"]["words"] == {"removed": 55 - len(wanted), "only": 55 - len(wanted)}
 
 
+def test_the_summary_says_what_each_rule_removes_and_what_cannot_be_used(pool: Path, tmp_path: Path) -> None:
+    write_tar(pool / "005.tar", [sample(55, image=b"no image"), sample(56), sample(57, "a")])
+    rules = ("--min-words", 3, "--min-chars", 8, "--min-side", 1)
+    assert run("filter", pool, "--out", tmp_path / "out", *rules) == 0
+    texts = {**{n: CAPTIONS[n % 7] for n in range(57)}, 57: "a"}
+    broken = {n: (len(text.split()) < 3, len(text) < 8) for n, text in texts.items() if n != 55}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rules"] == {
+        "words": {
+            "removed": sum(words for words, _ in broken.values()),
+            "only": sum(words and not short for words, short in broken.values()),
+        },
+        "characters": {
+            "removed": sum(short for _, short in broken.values()),
+            "only": sum(short and not words for words, short in broken.values()),
+        },
+        "shorter side": {"removed": 0, "only": 0},
+        "unusable": {"removed": 1, "only": 1},
+    }
+    assert summary["reasons"] == {"bad image": 1}
+    assert summary["kept"] == sum(not any(each) for each in broken.values()) == len(keys(tmp_path / "out"))
+    (unusable,) = [line for line in lines(tmp_path / "out" / "dropped.jsonl") if "reason" in line]
+    assert (unusable["key"], unusable["rules"], unusable["reason"]) == ("000055", ["unusable"], "bad image")
+
+
 def test_shards_without_a_kept_sample_leave_no_hole(pool: Path, tmp_path: Path) -> None:
     write_tar(pool / "002.tar", [sample(22 + n, "short") for n in range(11)])
     assert run("filter", pool, "--out", tmp_path / "out", "--min-words", 3) == 0
