@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from clipkit.cli.app import main
+from clipkit.data import uid_subset
 from clipkit.data.engine import Engine
-from clipkit.data.reshard import Reshard, Resharding, Written, input_shards
+from clipkit.data.reshard import Reshard, Resharding, Written, input_shards, plan
 from clipkit.data.uid_subset import UID_DTYPE, UidSubset
 from clipkit.types import DataError
 from tests.commands import fails, misused
@@ -173,6 +174,29 @@ def test_shards_keep_to_a_number_of_bytes(tmp_path: Path, inputs: Path) -> None:
     assert all(sum(sizes) <= limit or len(sizes) == 1 for sizes in held)
     # As few as that allows without a change of order: the first of the next shard did not fit.
     assert all(sum(sizes) + following[0] > limit for sizes, following in pairwise(held))
+
+
+def test_small_blocks_give_the_same_bytes(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What large sets do block by block: rows, hashes of keys and uids; keys that repeat among them."""
+    second = tmp_path / "second"
+    second.mkdir()
+    write_tar(second / "0.tar", [sample(100 + n, f"{3 * n:09d}") for n in range(20)])
+    ids = datacomp(tmp_path / "ids.npy", [uid(n) for n in [*range(4, 50), 7, 7, *range(100, 118)]])
+    options: dict[str, Any] = {"shard_bytes": 4000, "subset": ids, "split": (0.7, 0.3)}
+    run(tmp_path / "whole", inputs, second, **options)
+    monkeypatch.setattr(plan, "_BLOCK", 7)
+    monkeypatch.setattr(plan, "_HASHES", 5)
+    monkeypatch.setattr(uid_subset, "_BLOCK", 3)
+    run(tmp_path / "parts", inputs, second, **options)
+    assert len(visible_bytes(tmp_path / "whole")) > 8
+    assert visible_bytes(tmp_path / "parts") == visible_bytes(tmp_path / "whole")
+    for at in range(1, 11):
+        uids = sorted(uid(n) for n in range(11))
+        uids[at - 1], uids[at] = uids[at], uids[at - 1]
+        with pytest.raises(DataError, match=rf"entry {at} is smaller"):
+            UidSubset(datacomp(tmp_path / "unsorted.npy", uids, np.array))
 
 
 def datacomp(path: Path, uids: Iterable[str], order: Callable[[Any], Any] = np.sort) -> Path:

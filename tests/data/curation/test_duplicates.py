@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.data.curation import groups, similar
 from clipkit.data.curation.duplicates import Deduplication, Evaluation, Likeness, run_dedup
 from clipkit.data.curation.groups import Buckets, Components, repeated, similar_pairs, similar_to
 from clipkit.data.curation.hashes import EXACT, exact_digest, perceptual_hash
@@ -41,8 +42,12 @@ def near_hashes(count: int, distance: int, seed: int) -> np.ndarray:
     return hashes
 
 
+@pytest.mark.parametrize("at_once", [1 << 22, 3])
 @pytest.mark.parametrize(("count", "distance"), [(0, 4), (1, 4), (2, 0), (600, 0), (600, 4), (400, 9)])
-def test_pairs_are_those_of_a_comparison_of_all(count: int, distance: int) -> None:
+def test_pairs_are_those_of_a_comparison_of_all(
+    count: int, distance: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "_PAIRS_AT_ONCE", at_once)
     hashes = near_hashes(count, distance, 1)
     expected = {
         (a, b)
@@ -174,7 +179,7 @@ def test_photographs_are_caught_after_encoding_and_resizing_but_not_cropping(rea
     assert min(bits_between(a, b) for a, b in itertools.combinations(hashes, 2)) > 8
 
 
-def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
+def test_vectors_are_joined_as_by_a_comparison_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("usearch")
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(200, 16))
@@ -189,11 +194,13 @@ def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
     join_similar(components, lambda: iter(parts), 0.95, 32)
     assert components.lowest().tolist() == slow_components(200, [tuple(pair) for pair in pairs.tolist()])
     assert (components.lowest() != numbers).sum() > 40
-    mine, theirs, cosines = similar_rows(unit, unit[:7], 0.95)
-    assert sorted(zip(mine.tolist(), theirs.tolist(), strict=True)) == sorted(
-        map(tuple, np.argwhere(unit @ unit[:7].T >= 0.95).tolist())
-    )
-    assert (cosines >= 0.95).all()
+    for block in (similar._BLOCK, 20):
+        monkeypatch.setattr(similar, "_BLOCK", block)
+        mine, theirs, cosines = similar_rows(unit, unit[:7], 0.95)
+        assert sorted(zip(mine.tolist(), theirs.tolist(), strict=True)) == sorted(
+            map(tuple, np.argwhere(unit @ unit[:7].T >= 0.95).tolist())
+        )
+        assert cosines == pytest.approx((unit[mine] * unit[theirs]).sum(axis=1))
 
 
 def test_a_pair_that_matches_by_hash_and_by_embedding_is_one_pair(tmp_path: Path) -> None:
