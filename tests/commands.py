@@ -22,6 +22,17 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, cause: str, *arguments:
     return errors[1].removeprefix("  cure: ")
 
 
+def misused(capsys: pytest.CaptureFixture[str], cause: str, *arguments: str | Path) -> None:
+    """Runs a command whose options cannot be parsed, asserts usage and one line that names them."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    usage, hint, error = filter(None, capsys.readouterr().err.splitlines())
+    assert usage.startswith("Usage: clipkit ")
+    assert hint.startswith("Try 'clipkit ")
+    assert error.startswith("Error: ")
+    assert cause in error
+
+
 def write(config: dict[str, Any], path: Path) -> Path:
     """Writes a configuration file; returns its path."""
     path.write_text(yaml.safe_dump(config))

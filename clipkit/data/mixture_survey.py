@@ -35,13 +35,13 @@ class MixtureSurvey:
     def duplicate_share(self, batch_size: int) -> float:
         """Returns the expected share of the rows of a batch whose caption another row of it has, 0..1.
 
-        As of one set: the rows of a source are taken for random ones of its pairs.
+        As of one set: the rows of a source are taken for random ones of its pairs. With fewer pairs of a
+        source than rows it is an upper bound, from how often two pairs agree.
         """
         pairs = [source.read for source in self.sources]
-        rows = [
-            round(batch_size * part / sum(self.parts)) if count else 0
-            for part, count in zip(self.parts, pairs, strict=True)
-        ]
+        rows = self._rows(batch_size)
+        if self._bounded(batch_size):
+            return self._bound(np.array(rows), np.array(pairs))
         kinds, times = np.unique(self.repeats, axis=0, return_counts=True)
         found = 0.0
         for held, often in zip(kinds.tolist(), times.tolist(), strict=True):
@@ -54,6 +54,24 @@ class MixtureSurvey:
                 found += often * rows[own] * count / pairs[own] * (1 - alone)
         return found / max(1, sum(rows))
 
+    def _rows(self, batch_size: int) -> list[int]:
+        return [
+            round(batch_size * part / sum(self.parts)) if source.read else 0
+            for part, source in zip(self.parts, self.sources, strict=True)
+        ]
+
+    def _bounded(self, batch_size: int) -> bool:
+        rows = self._rows(batch_size)
+        return any(count > source.read for count, source in zip(rows, self.sources, strict=True))
+
+    def _bound(self, rows: NDArray[np.int64], pairs: NDArray[np.int64]) -> float:
+        held = self.repeats.astype(np.float64)
+        # Of two pairs of sources s and t: how often they have one caption; a pair is no twin of itself.
+        agree = (held.T @ held - np.diag(pairs)) / np.maximum(1, np.outer(pairs, pairs) - np.diag(pairs))
+        others = np.maximum(0, rows - np.eye(len(rows)))
+        alone = np.prod((1 - agree) ** others, axis=1)
+        return float((rows * (1 - alone)).sum() / max(1, rows.sum()))
+
     def describe(self, batch_size: int) -> str:
         """Returns a line for the banner."""
         read, distinct = sum(source.read for source in self.sources), len(self.repeats)
@@ -62,9 +80,10 @@ class MixtureSurvey:
         sampled = any(source.sampled for source in self.sources)
         among = f"a sample of {read:,} pairs" if sampled else f"{read:,} pairs"
         share = self.duplicate_share(batch_size)
+        bound = "at most " * self._bounded(batch_size)
         return (
             f"{distinct:,} distinct ({distinct / read:.1%}) in {among} of all sources; expected in a batch "
-            f"of {batch_size:,}: {share:.1%} of the rows with the caption of another row"
+            f"of {batch_size:,}: {bound}{share:.1%} of the rows with the caption of another row"
         )
 
 
@@ -77,9 +96,4 @@ def survey_mixture(
 
 def _absent(held: int, rows: int, pairs: int) -> float:
     """The probability that none of `held` of `pairs` is among so many rows drawn from them."""
-    if not held or rows < 1:
-        return 1.0
-    if rows > pairs:
-        # Fewer pairs were read than a batch takes: drawn with repetition, they agree no less often.
-        return float((1 - min(1.0, held / max(1, pairs))) ** rows)
-    return none_of(held, rows, pairs)
+    return none_of(held, rows, pairs) if held and rows > 0 else 1.0

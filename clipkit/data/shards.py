@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import secrets
 import sys
 import types
@@ -32,6 +33,7 @@ _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "gif", "bmp")
 _OWN_KEYS = "give every sample its own key"
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
+_LEFT = re.compile(r"\.(tar|json|txt)\.[0-9a-f]{8}\.tmp$")  # as `_beside` names them
 _SIGNATURES = {
     b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp",
     b"GIF87a": "gif", b"GIF89a": "gif", b"BM": "bmp",
@@ -157,8 +159,8 @@ def write_train_parts(
 def finish_train_shards(
     out: Path, records: Sequence[ShardRecord], job: Mapping[str, Any] | None = None
 ) -> list[ShardRecord]:
-    """Writes sizes.json and manifest.json for `records`, removes later shards of an earlier run, returns
-    the records.
+    """Writes sizes.json and manifest.json for `records`, removes later shards of an earlier run and what
+    killed writers left, returns the records.
 
     job: what made the shards, for the manifest.
     """
@@ -211,9 +213,10 @@ def finish_evaluation_set(
     split: str = "test",
 ) -> list[ShardRecord]:
     """Writes the text files of the layout for shards 0.tar, 1.tar, ... and removes later ones of an earlier
-    run; returns the records. Arguments as in `write_evaluation_set`.
+    run and what killed writers left; returns the records. Arguments as in `write_evaluation_set`.
     """
     folder = out / split
+    remove_left(out)
     _keep_only(folder, records)
     if classnames is not None:
         write_text(out / "classnames.txt", "".join(f"{normalize_caption(name)}\n" for name in classnames))
@@ -254,6 +257,14 @@ def _keep_only(folder: Path, records: Sequence[ShardRecord]) -> None:
     for old in folder.glob("*.tar"):
         if old.name not in names and old.stem.isdecimal():
             old.unlink()
+    remove_left(folder)
+
+
+def remove_left(folder: Path) -> None:
+    """Removes the files that killed writers of this module had begun in `folder`: nothing replaces them."""
+    for left in folder.iterdir():
+        if _LEFT.search(left.name):
+            left.unlink(missing_ok=True)
 
 
 def _tar_writer() -> Any:

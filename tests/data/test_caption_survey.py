@@ -45,13 +45,17 @@ def test_a_sample_estimates_the_set_and_bounds_larger_batches() -> None:
     repeats = np.random.default_rng(0).geometric(0.3, 3000)
     whole = CaptionSurvey(int(repeats.sum()), int(repeats.sum()), repeats)
     pairs = np.repeat(np.arange(len(repeats)), repeats)
-    found = []
+    found, bounds = [], []
     for seed in range(40):
         part = np.random.default_rng(seed).choice(pairs, 2000, replace=False)
         counts = np.unique(part, return_counts=True)[1]
         sample = CaptionSurvey(len(pairs), 2000, counts, True)
         found.append(sample.duplicate_share(512))
-        assert sample.duplicate_share(4000) > whole.duplicate_share(4000)
+        bounds.append(sample.duplicate_share(4000))
+        assert whole.duplicate_share(4000) < bounds[-1] < 1
+    # A caption agrees with each of 3,999 others as often as two pairs of the set do.
+    agree = sum(m * (m - 1) for m in repeats.tolist()) / (len(pairs) * (len(pairs) - 1))
+    assert np.mean(bounds) == pytest.approx(1 - (1 - agree) ** 3999, rel=0.05)
     assert np.mean(found) == pytest.approx(whole.duplicate_share(512), rel=0.03)
     assert "at most" in sample.describe(4000)
     assert "a sample of 2,000 pairs" in sample.describe(512)

@@ -65,9 +65,14 @@ def test_other_true_captions_are_never_given_back() -> None:
 
 
 def test_exchanges_have_the_case_the_number_and_the_article() -> None:
-    for caption in made("An orange cat and two Dogs", rules=("replace",)):
+    found = made("An orange cat and two Dogs", rules=("replace",))
+    # The colour, the animal, the number and the other animal: each of them in some caption.
+    for place in (1, 2, 4, 5):
+        assert len({caption.split()[place] for caption in found}) > 1
+    for caption in found:
         assert re.match(r"(An [aeiou]|A [^aeiou])", caption), caption
         assert re.search(r"[A-Z][a-z]+s$", caption), caption
+    assert {caption.split()[0] for caption in found} == {"A", "An"}
 
 
 def test_names_of_other_things_are_left_alone() -> None:
@@ -107,6 +112,23 @@ def test_shards_keep_every_other_member_and_the_draws_their_samples(tmp_path: Pa
     write_tar(tmp_path / "turned.tar", [samples[n] for n in (3, 2, 1, 0)])
     add_hard_captions(tmp_path / "again.tar", str(tmp_path / "turned.tar"), options)
     assert read(tmp_path / "again.tar") == after
+
+
+def test_true_captions_of_the_json_are_never_given_back(tmp_path: Path) -> None:
+    """Every sample draws another number for `two`; those that true captions name are never drawn."""
+    named = [f"{number} dogs" for number in ("one", "three", "four", "five")]
+    drawn = []
+    for at, document in enumerate(({}, {"captions": named}, {"caption": named[1]})):
+        source = write_tar(tmp_path / f"{at}.tar", [sample(n, "two dogs", {**document}) for n in range(40)])
+        out = tmp_path / f"out{at}.tar"
+        add_hard_captions(out, str(source), HardCaptions())
+        documents = [json.loads(data) for name, data in read(out).items() if name.endswith("json")]
+        assert len(documents) == 40
+        drawn.append({caption for document in documents for caption in document["hard"]})
+    assert {*named[1:]} <= drawn[0]
+    assert drawn[1]
+    assert not {*named} & drawn[1]
+    assert named[1] not in drawn[2]
 
 
 def test_an_entry_that_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:

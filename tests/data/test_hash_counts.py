@@ -48,3 +48,29 @@ def test_beyond_the_limit_the_share_of_duplicates_stays_right(limit: int) -> Non
     assert seen * 2**level == pytest.approx(30_000, rel=5 / seen**0.5)
     exact = 1 - len({content for part in parts for content in part}) / 30_000
     assert again / seen == pytest.approx(exact, abs=2.5 / seen**0.5)
+
+
+def test_what_stays_beyond_the_limit_keeps_its_copies_and_groups() -> None:
+    parts = groups(3, 2_000, 6_000, 9)
+    counts = HashCounts(500, groups=True)
+    for number, part in enumerate(parts):
+        counts.add(hashes_of(part), number)
+    assert counts.level > 0
+    hashes = [hashes_of(part).tolist() for part in parts]
+    every = Counter(each for part in hashes for each in part)
+    stays = {each for each in every if each % 2**counts.level == 0}
+    wanted = sorted(every)
+    found = counts.times(np.array(wanted, dtype=np.uint64)).tolist()
+    assert found == [every[each] if each in stays else 0 for each in wanted]
+    places = {each: [n for n, part in enumerate(hashes) if each in part] for each in stays}
+    shared = sorted((each, where) for each, where in places.items() if len(where) > 1)
+    assert counts.in_several_groups(1000) == (len(shared), shared)
+
+
+def test_nothing_counted_is_nothing() -> None:
+    for counts in (HashCounts(), HashCounts(groups=True)):
+        counts.add(hashes_of([]))
+        assert counts.repeated() == (0, 0)
+        assert counts.times(hashes_of([b"x"])).tolist() == [0]
+    assert counts.in_several_groups(5) == (0, [])
+    assert of_text(to_text(hashes_of([]))).tolist() == []

@@ -202,22 +202,37 @@ def test_the_walk_is_done_once(uneven: Path, tmp_path: Path, monkeypatch: pytest
     assert kept_of(folder, 11).held.tolist() == held
     record.write_bytes(b"")
     assert kept_of(folder, 11).held.tolist() == held
-    write_shards(folder, [*COUNTS, 5])
-    assert kept_of(folder, 11).held.tolist() != []
+    write_shards(folder, [*COUNTS, 50])
+    hashes = hashes_of(folder)
+    smallest = sorted(range(170), key=hashes.__getitem__)[:11]
+    assert kept_of(folder, 11).held.tolist() == sorted(smallest) != held
     assert len(list(folder.glob(".clipkit-holdout-*"))) == 2
 
 
-def _held(rank: int, world: int, folder: Path) -> list[int]:
+def _held(rank: int, world: int, folder: Path) -> tuple[list[int], list[str]]:
+    walked: list[str] = []
+    plain = holdout.shard_hashes
+
+    def counted(shard: str, *more: Any) -> Any:
+        walked.append(Path(shard).name)
+        return plain(shard, *more)
+
+    holdout.shard_hashes = counted  # type: ignore[assignment]
     opened = stream(folder, 12, World(rank, world), holdout=25)
     pairs = opened.held_pairs()
     assert [source.ids for source in pairs] == [tuple(opened.held[0].kept.held.tolist())]
-    return list(pairs[0].ids) + [int(text.split()[1]) for texts in pairs[0].captions for text in texts]
+    numbers = [int(text.split()[1]) for texts in pairs[0].captions for text in texts]
+    return [*pairs[0].ids, *numbers], walked
 
 
 def test_ranks_share_the_walk_and_the_reading(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     folder = write_shards(tmp_path / "set", COUNTS)
-    first, second, third = run_ranks(3, _held, folder)
-    assert first == second == third == 2 * kept_of(folder, 25).held.tolist()
+    found = run_ranks(3, _held, folder)
+    assert [held for held, _ in found] == 3 * [2 * kept_of(folder, 25).held.tolist()]
+    # Each shard is walked by one of them, and none of them has all the work.
+    walked = [name for _, names in found for name in names]
+    assert sorted(walked) == [f"{number:05d}.tar" for number in range(len(COUNTS))]
+    assert max(len(names) for _, names in found) == 2
 
 
 def test_bad_pairs_and_missing_captions_are_counted(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipkit.data.caption_survey import CaptionSurvey
 from clipkit.data.loader import CaptionField, LoaderOptions, Source, TrainStream, open_train
 from clipkit.data.mixture import MAX_PARTS, Mixture, parts_of, source_lanes
 from clipkit.data.mixture_stream import source_names
@@ -64,6 +65,7 @@ def test_draws_are_what_a_slow_count_finds(batch_size: int, lanes: tuple[int, ..
     mixture = Mixture(batch_size, parts_of((0.7, 0.3)), seed=9)
     used: Counter[tuple[int, int]] = Counter()
     for step in range(40):
+        before = used.copy()
         expected: list[list[tuple[int, int, int]]] = [[], []]
         for row, source in enumerate(mixture.sources(step, 0, batch_size).tolist()):
             lane = row * lanes[source] // batch_size
@@ -74,6 +76,8 @@ def test_draws_are_what_a_slow_count_finds(batch_size: int, lanes: tuple[int, ..
                 drawn = mixture.draws(source, lanes[source], step, first, end)
                 found = list(zip(*(column.tolist() for column in drawn[:3]), strict=True))
                 assert found == [place for place in expected[source] if first <= place[0] < end]
+                spans = {row * lanes[source] // batch_size for row in range(first, end)}
+                assert drawn.least == min(before[source, lane] for lane in spans)
 
 
 def test_parts_are_the_weights_as_written() -> None:
@@ -235,6 +239,40 @@ def test_repeated_captions_are_expected_within_sources_and_between_them(tmp_path
     assert alike.duplicate_share(110) == pytest.approx(sum(n for n in both.values() if n > 1) / 110)
     (first, _) = survey.sources
     assert MixtureSurvey((first,), (1,)).duplicate_share(12) == pytest.approx(first.duplicate_share(12))
+
+
+def test_few_pairs_of_a_source_bound_the_repeats_of_large_batches() -> None:
+    """Samples of two sources, smaller than their parts of a batch, against batches of the whole sources."""
+    generator = np.random.default_rng(0)
+    pairs = [generator.geometric(0.001, 10_000), 500 + generator.geometric(0.001, 8000)]
+
+    def survey(rows: Sequence[np.ndarray], sampled: bool) -> MixtureSurvey:
+        found = [np.unique(labels, return_counts=True) for labels in rows]
+        return MixtureSurvey(
+            tuple(
+                CaptionSurvey(len(whole), len(labels), counts, sampled, distinct)
+                for whole, labels, (distinct, counts) in zip(pairs, rows, found, strict=True)
+            ),
+            (2, 1),
+        )
+
+    def drawn(*sizes: int) -> list[np.ndarray]:
+        return [generator.choice(each, size, replace=False) for each, size in zip(pairs, sizes, strict=True)]
+
+    shares = []
+    for _ in range(200):
+        batch = np.concatenate(drawn(400, 200))
+        _, place, times = np.unique(batch, return_inverse=True, return_counts=True)
+        shares.append((times[place] > 1).mean())
+    assert survey(pairs, False).duplicate_share(600) == pytest.approx(np.mean(shares), rel=0.03)
+    samples = [survey(drawn(100, 300), True) for _ in range(40)]
+    bounds = [sample.duplicate_share(600) for sample in samples]
+    assert np.mean(shares) < np.mean(bounds) < 1.2 * np.mean(shares)
+    assert max(bounds) < 1
+    assert "at most" in samples[0].describe(600)
+    assert "at most" not in samples[0].describe(100)
+    one = samples[0].sources[0]
+    assert MixtureSurvey((one,), (1,)).duplicate_share(400) == pytest.approx(one.duplicate_share(400))
 
 
 def test_one_source_in_a_list_is_a_source(pair: tuple[Path, Path]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import random
-import signal
+import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -20,10 +19,13 @@ import numpy as np
 import pytest
 
 from clipkit.cli.app import main
+from clipkit.data import uid_subset
 from clipkit.data.engine import Engine
-from clipkit.data.reshard import Reshard, Resharding, Written, input_shards
+from clipkit.data.reshard import Reshard, Resharding, Written, input_shards, plan
 from clipkit.data.uid_subset import UID_DTYPE, UidSubset
 from clipkit.types import DataError
+from tests.commands import fails, misused
+from tests.data.killing import in_a_child
 from tests.data.makers import Members, write_tar
 
 Sample = tuple[str, dict[str, bytes]]
@@ -172,6 +174,29 @@ def test_shards_keep_to_a_number_of_bytes(tmp_path: Path, inputs: Path) -> None:
     assert all(sum(sizes) <= limit or len(sizes) == 1 for sizes in held)
     # As few as that allows without a change of order: the first of the next shard did not fit.
     assert all(sum(sizes) + following[0] > limit for sizes, following in pairwise(held))
+
+
+def test_small_blocks_give_the_same_bytes(
+    tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What large sets do block by block: rows, hashes of keys and uids; keys that repeat among them."""
+    second = tmp_path / "second"
+    second.mkdir()
+    write_tar(second / "0.tar", [sample(100 + n, f"{3 * n:09d}") for n in range(20)])
+    ids = datacomp(tmp_path / "ids.npy", [uid(n) for n in [*range(4, 50), 7, 7, *range(100, 118)]])
+    options: dict[str, Any] = {"shard_bytes": 4000, "subset": ids, "split": (0.7, 0.3)}
+    run(tmp_path / "whole", inputs, second, **options)
+    monkeypatch.setattr(plan, "_BLOCK", 7)
+    monkeypatch.setattr(plan, "_HASHES", 5)
+    monkeypatch.setattr(uid_subset, "_BLOCK", 3)
+    run(tmp_path / "parts", inputs, second, **options)
+    assert len(visible_bytes(tmp_path / "whole")) > 8
+    assert visible_bytes(tmp_path / "parts") == visible_bytes(tmp_path / "whole")
+    for at in range(1, 11):
+        uids = sorted(uid(n) for n in range(11))
+        uids[at - 1], uids[at] = uids[at], uids[at - 1]
+        with pytest.raises(DataError, match=rf"entry {at} is smaller"):
+            UidSubset(datacomp(tmp_path / "unsorted.npy", uids, np.array))
 
 
 def datacomp(path: Path, uids: Iterable[str], order: Callable[[Any], Any] = np.sort) -> Path:
@@ -388,46 +413,6 @@ def test_odd_names_and_members_survive(tmp_path: Path) -> None:
     assert found == {key: {"jpg": b"1", "cls": b"3", "_x": b"kept", "txt": b""} for key in keys}
 
 
-WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
-
-
-def in_a_child(action: Callable[[], None], below: Path, kill_at: int = 0) -> int:
-    """Runs `action` in a forked process that SIGKILLs itself at its `kill_at`-th call about a file `below`.
-
-    Returns the number of calls it made, -1 when it was killed.
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        calls = 0
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal calls
-            # Only of the job's own files: what an import opens differs from run to run.
-            if event in WATCHED and str(arguments[0]).startswith(str(below)):
-                calls += 1
-                if calls == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        code = 1
-        try:
-            sys.addaudithook(hook)
-            action()
-            os.write(writer, str(calls).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with open(reader) as stream:
-        told = stream.read()
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return -1
-    assert os.WEXITSTATUS(status) == 0
-    return int(told)
-
-
 def test_killed_anywhere_and_started_again_gives_the_same_bytes(tmp_path: Path, inputs: Path) -> None:
     listed = write_csv(tmp_path / "new.csv", [["key", "more"], *([f"{n:09d}", n] for n in range(50))])
     options: dict[str, Any] = {"fields": listed, "split": (0.7, 0.3), "samples_per_shard": 9}
@@ -534,7 +519,6 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
         (["{in}", "--out", "{tmp}/o", "--where", "json.width > '9'"], 3, "fitted: json.width > '9'"),
         (["{in}", "--out", "{tmp}/o", "--shard-bytes", "much"], 2, "is no number of bytes"),
         (["{in}", "--out", "{tmp}/o", "--shard-bytes", "0"], 2, "is no number of bytes"),
-        (["{in}", "--out", "{tmp}/o", "--samples-per-shard", "0"], 2, "samples-per-shard"),
         (["{in}", "--out", "{tmp}/o", "--columns", "a"], 2, "need a table"),
         (["{in}", "--out", "{tmp}/o", "--add-fields", "{tmp}/no.csv"], 3, "no.csv"),
         (["{in}", "--out", "{tmp}/o", "--add-fields", "{tmp}/t.csv", "--key", "sku"], 2, "no column 'sku'"),
@@ -567,10 +551,16 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     (tmp_path / "text.tar").write_text("hello" * 500)
     (tmp_path / "cut.tar").write_bytes((inputs / "00000.tar").read_bytes()[:5000])
     (tmp_path / "empty").mkdir()
-    assert command(*(each.format(**{"in": inputs, "tmp": tmp_path}) for each in arguments)) == code
-    err = capsys.readouterr().err
-    assert message in err
-    assert "Traceback" not in err
+    given = [each.format(**{"in": inputs, "tmp": tmp_path}) for each in arguments]
+    fails(capsys, code, message, "data", "reshard", *given)
+
+
+def test_an_option_that_cannot_be_parsed_is_named(
+    tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ("data", "reshard", inputs, "--out", tmp_path / "out")
+    misused(capsys, "--samples-per-shard", *job, "--samples-per-shard", "0")
+    assert not (tmp_path / "out").exists()
 
 
 def test_inputs_that_change_meanwhile_are_refused(tmp_path: Path, inputs: Path) -> None:
@@ -584,11 +574,9 @@ def test_inputs_that_change_meanwhile_are_refused(tmp_path: Path, inputs: Path) 
 
 
 def test_loads_no_torch(tmp_path: Path, inputs: Path) -> None:
-    import subprocess
-
     code = (
         "import sys; from clipkit.cli.app import main;"
-        f"main(['data', 'reshard', {str(inputs)!r}, '--out', {str(tmp_path / 'out')!r}]);"
+        f"assert main(['data', 'reshard', {str(inputs)!r}, '--out', {str(tmp_path / 'out')!r}]) == 0;"
         "print(sorted({'torch', 'open_clip', 'pyarrow'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,7 +23,13 @@ from clipkit.data.finished import ELSEWHERE, Ended, Finished, is_whole, storing
 from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, SampleSpan
 from clipkit.data.shard_folder import SUMMARIES, refuse_source, shards_in
 from clipkit.data.shard_records import OnShard
-from clipkit.data.shards import ShardRecord, finish_train_shards, write_copied_shard, write_text
+from clipkit.data.shards import (
+    ShardRecord,
+    finish_train_shards,
+    remove_left,
+    write_copied_shard,
+    write_text,
+)
 from clipkit.data.source import Unreadable, is_remote
 from clipkit.data.tar_format import Member, ShardDamage
 from clipkit.data.tar_index import replacing
@@ -183,6 +189,7 @@ def _finish(folder: Path, kept: list[ShardRecord], shards: Sequence[str], out: P
         finish_train_shards(folder, kept)
         return [folder / name for name in SUMMARIES]
     # An evaluation set: its texts stand beside its splits, and shards are counted from 0.
+    remove_left(folder)
     write_text(folder / COUNTER, f"{len(kept)}\n")
     texts = _texts(shards, out)
     for name, text in texts.items():

@@ -11,7 +11,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import re
 import shutil
 import tarfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -48,8 +47,6 @@ _PLAN = "plan"
 _REJECTS = "rejects.jsonl"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _EVALUATION_TEXTS = ("classnames.txt", _TEMPLATES, "dataset_type.txt", "test/nshards.txt")
-# What a killed job can leave: the name of a file that it was writing, as `shards` makes them.
-_LEFT = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
 
 
 @dataclass(frozen=True)
@@ -264,10 +261,6 @@ class MakeJob:
                 f"{self.folder}: {made.empty} shards would be empty, and the layout has no gaps",
                 "pass a larger --samples-per-shard, or repair the rows",
             )
-        for folder in {self.folder, self.out}:
-            for left in folder.iterdir():
-                if _LEFT.search(left.name):
-                    left.unlink(missing_ok=True)
         self._write_rejects(len(self._bounds or ()) - 1)
         texts = SUMMARIES if self.layout.train else _EVALUATION_TEXTS
         if self.layout.train:

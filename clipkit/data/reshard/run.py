@@ -26,9 +26,6 @@ from clipkit.data.uid_subset import UidSubset
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-# What a killed process had begun: under names of their own, so that nothing else replaces it.
-_LEFT = ("*.tar.tmp", "*.tar.*.tmp", "manifest.json.*tmp", "sizes.json.*tmp")
-
 
 @dataclass(frozen=True)
 class Written:
@@ -139,9 +136,6 @@ class Resharding:
                 for part, record in zip(plan.parts, found, strict=True)
                 if part.side == side and record is not None
             ]
-            for pattern in _LEFT:
-                for left in folder.glob(pattern):
-                    left.unlink(missing_ok=True)
             finish_train_shards(folder, records)
             build_index([str(folder / record.name) for record in records])
             written.append(Written(folder, tuple(records)))

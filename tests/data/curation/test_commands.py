@@ -19,6 +19,7 @@ from PIL import Image
 from clipkit.cli.app import main
 from clipkit.data import hard_captions
 from clipkit.data.curation import duplicates, selection
+from tests.commands import fails, misused
 from tests.data.curation.test_rules import datacomp_threshold, published_matches
 from tests.data.makers import Members, encoded, png, write_tar
 
@@ -99,6 +100,31 @@ def test_kept_samples_are_copied_as_they_are_whatever_the_workers(pool: Path, tm
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert (summary["samples"], summary["kept"]) == (55, len(wanted))
     assert summary["rules"]["words"] == {"removed": 55 - len(wanted), "only": 55 - len(wanted)}
+
+
+def test_the_summary_says_what_each_rule_removes_and_what_cannot_be_used(pool: Path, tmp_path: Path) -> None:
+    write_tar(pool / "005.tar", [sample(55, image=b"no image"), sample(56), sample(57, "a")])
+    rules = ("--min-words", 3, "--min-chars", 8, "--min-side", 1)
+    assert run("filter", pool, "--out", tmp_path / "out", *rules) == 0
+    texts = {**{n: CAPTIONS[n % 7] for n in range(57)}, 57: "a"}
+    broken = {n: (len(text.split()) < 3, len(text) < 8) for n, text in texts.items() if n != 55}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rules"] == {
+        "words": {
+            "removed": sum(words for words, _ in broken.values()),
+            "only": sum(words and not short for words, short in broken.values()),
+        },
+        "characters": {
+            "removed": sum(short for _, short in broken.values()),
+            "only": sum(short and not words for words, short in broken.values()),
+        },
+        "shorter side": {"removed": 0, "only": 0},
+        "unusable": {"removed": 1, "only": 1},
+    }
+    assert summary["reasons"] == {"bad image": 1}
+    assert summary["kept"] == sum(not any(each) for each in broken.values()) == len(keys(tmp_path / "out"))
+    (unusable,) = [line for line in lines(tmp_path / "out" / "dropped.jsonl") if "reason" in line]
+    assert (unusable["key"], unusable["rules"], unusable["reason"]) == ("000055", ["unusable"], "bad image")
 
 
 def test_shards_without_a_kept_sample_leave_no_hole(pool: Path, tmp_path: Path) -> None:
@@ -244,6 +270,49 @@ def test_balancing_keeps_rare_entries_and_drops_unmatched(pool: Path, tmp_path: 
     assert balanced(pool, tmp_path / "seed", *published, "--t", 8, "--seed", 1) != thin
 
 
+def test_balancing_counts_what_the_other_rules_keep(pool: Path, tmp_path: Path) -> None:
+    """One job gives the bytes of two after each other: the entries are counted in what remains."""
+    (tmp_path / "entries.txt").write_text("dog\ncat\n")
+    balance = ("--balance", tmp_path / "entries.txt", "--t", 9)
+    assert run("filter", pool, "--out", tmp_path / "first", "--min-words", 3) == 0
+    assert run("filter", tmp_path / "first", "--out", tmp_path / "second", *balance) == 0
+    assert run("filter", pool, "--out", tmp_path / "both", "--min-words", 3, *balance) == 0
+    assert members(tmp_path / "both") == members(tmp_path / "second")
+    assert 0 < len(keys(tmp_path / "both")) < len(keys(tmp_path / "first"))
+
+
+def test_samples_without_a_score_go_and_count_in_no_fraction(tmp_path: Path) -> None:
+    """Odd keys, a shard without samples and one of a single sample; scores by field and by both tables."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    scores = {"a,b": 0.5, 'q"': 0.25, "ä 犬": 0.125, "line\nbreak": None, "last": 0.75}
+    samples = [
+        [
+            (f"{key}.json", b"{}" if score is None else json.dumps({"score": score}).encode()),
+            (f"{key}.png", png(1)),
+            (f"{key}.txt", b"x"),
+        ]
+        for key, score in scores.items()
+    ]
+    for number, part in enumerate((samples[:4], [], samples[4:])):
+        write_tar(folder / f"{number}.tar", part)
+    # int(4 * 0.5) = 2: the third highest of four scores is the threshold.
+    wanted = {key for key, score in scores.items() if score is not None and score >= 0.25}
+    given = "json.score"
+    for name in ("field", "s.csv", "s.parquet"):
+        if name.endswith(".parquet"):
+            pytest.importorskip("pyarrow")
+        out = tmp_path / f"by {name}"
+        next_table = tmp_path / ("s.csv" if name == "field" else "s.parquet")
+        scored = ("--clip-score", given, "--top", 0.5)
+        assert run("filter", folder, "--out", out, *scored, "--scores-out", next_table) == 0
+        assert {key.rpartition(".")[0] for key in members(out)} == wanted
+        (dropped,) = [line for line in lines(out / "dropped.jsonl") if "score" not in line]
+        assert (dropped["key"], dropped["rules"]) == ("line\nbreak", ["score"])
+        assert len(list(out.glob("*.tar"))) == 2
+        given = str(next_table)
+
+
 def photo(number: int) -> Image.Image:
     coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3)).astype(np.uint8)
     return Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC)
@@ -283,6 +352,13 @@ def test_planted_duplicates_go_and_the_first_stays(
     dropped = lines(tmp_path / "out" / "dropped.jsonl")
     assert {int(line["key"]): int(line["same_as"]["key"]) for line in dropped} == duplicates
     assert all(line["same_as"]["shard"] == "0.tar" for line in dropped)
+
+
+def test_bounds_of_likeness_are_those_that_are_asked_for(planted: Path, tmp_path: Path) -> None:
+    for distance, expected in ((0, {8, 10}), (4, {8, 10, 11})):
+        given = ("--by", "phash", "--distance", distance, "--overwrite")
+        assert run("dedup", planted, "--out", tmp_path / "out", *given) == 0
+        assert {*range(12)} - {*keys(tmp_path / "out")} == expected
 
 
 def test_evaluation_images_are_found_and_removed(planted: Path, tmp_path: Path) -> None:
@@ -351,6 +427,9 @@ def test_embeddings_from_a_file_join_what_is_close(planted: Path, tmp_path: Path
     photo(3).save(tmp_path / "set" / "cup" / "x.png")
     assert run("dedup", planted, "--out", tmp_path / "out", *given, "--against", tmp_path / "set") == 0
     assert keys(tmp_path / "out") == [n for n in range(12) if n not in (3, 7, 11)]
+    # The cosine of 5 and 7 is 0.9998.
+    assert run("dedup", planted, "--keys-out", tmp_path / "all.csv", *given, "--cosine", 0.9999) == 0
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 13
     np.save(tmp_path / "v.npy", vectors[:5])
     assert run("dedup", planted, "--keys-out", tmp_path / "k.csv", "--overwrite", *given) == 3
 
@@ -375,8 +454,6 @@ BAD: list[tuple[list[str], int, str]] = [
     (["filter", "POOL", "--out", "OUT", "--min-words", "30"], 3, "none of 55 samples"),
     (["filter", "POOL", "--keys-out", "k.xlsx", "--basic"], 2, "no known format"),
     (["filter", "POOL", "--out", "OUT", "--basic", "--start", "9"], 2, "--start 9"),
-    (["filter", "POOL", "--out", "OUT", "--basic", "--workers", "0"], 2, "--workers"),
-    (["filter", "POOL", "--out", "OUT", "--min-words", "many"], 2, "--min-words"),
     (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--scores-out", "no/s.csv"], 2, "cannot be written"),
     (["filter", "pipe:cat x.tar", "--out", "OUT", "--basic"], 2, "pipe"),
     (["filter", "none.tar", "--out", "OUT", "--basic"], 3, "no sample in 1 shard"),
@@ -385,8 +462,6 @@ BAD: list[tuple[list[str], int, str]] = [
     (["dedup", "POOL", "--out", "OUT", "--by", "embedding"], 2, "needs embeddings"),
     (["dedup", "POOL", "--out", "OUT", "--by", "embedding", "--embeddings", "none.npy"], 2, "none.npy"),
     (["dedup", "POOL", "--out", "OUT", "--against", "nowhere"], 2, "nowhere"),
-    (["dedup", "POOL", "--out", "OUT", "--by", "looks"], 2, "--by"),
-    (["hard-captions", "POOL"], 2, "--out"),
     (["hard-captions", "POOL", "--out", "OUT", "--field", "a.b"], 2, "no name of an entry"),
 ]  # fmt: skip
 
@@ -405,12 +480,7 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     write_tar(tmp_path / "none.tar", [])
     (tmp_path / "broken.tar").write_bytes((pool / "000.tar").read_bytes()[:5000])
     names = {"POOL": str(pool), "OUT": str(tmp_path / "-o \u00fc\nt")}
-    assert main(["data", *(names.get(argument, argument) for argument in arguments)]) == code
-    captured = capsys.readouterr().err
-    assert cause in captured
-    assert "Traceback" not in captured
-    if captured.startswith("error:"):
-        assert len(captured.splitlines()) == 2
+    fails(capsys, code, cause, "data", *(names.get(argument, argument) for argument in arguments))
     assert not list(Path(names["OUT"]).glob("*.tar"))
 
 
@@ -429,6 +499,23 @@ def test_what_is_refused_leaves_nothing_behind(pool: Path, tmp_path: Path) -> No
         assert not (tmp_path / "out").exists(), arguments
         assert run(*arguments, "--keys-out", tmp_path / "keys.csv") in (2, 3)
         assert not list(tmp_path.glob("keys*")), arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["filter", "--out", "OUT", "--basic", "--workers", "0"], "--workers"),
+        (["filter", "--out", "OUT", "--min-words", "many"], "--min-words"),
+        (["dedup", "--out", "OUT", "--by", "looks"], "--by"),
+        (["hard-captions"], "--out"),
+    ],
+)
+def test_options_that_cannot_be_parsed_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], option: str
+) -> None:
+    out = str(tmp_path / "out")
+    misused(capsys, option, "data", *(out if each == "OUT" else each for each in arguments), "pool")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_programs_run_and_load_no_torch(pool: Path, tmp_path: Path) -> None:

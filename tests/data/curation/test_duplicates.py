@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from clipkit.data.buckets import Buckets
+from clipkit.data.curation import groups, similar
 from clipkit.data.curation.deduplication import Deduplication, run_dedup
 from clipkit.data.curation.duplicates import Likeness
 from clipkit.data.curation.evaluation import Evaluation
@@ -44,8 +45,12 @@ def near_hashes(count: int, distance: int, seed: int) -> np.ndarray:
     return hashes
 
 
+@pytest.mark.parametrize("at_once", [1 << 22, 3])
 @pytest.mark.parametrize(("count", "distance"), [(0, 4), (1, 4), (2, 0), (600, 0), (600, 4), (400, 9)])
-def test_pairs_are_those_of_a_comparison_of_all(count: int, distance: int) -> None:
+def test_pairs_are_those_of_a_comparison_of_all(
+    count: int, distance: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "_PAIRS_AT_ONCE", at_once)
     hashes = near_hashes(count, distance, 1)
     expected = {
         (a, b)
@@ -177,7 +182,7 @@ def test_photographs_are_caught_after_encoding_and_resizing_but_not_cropping(rea
     assert min(bits_between(a, b) for a, b in itertools.combinations(hashes, 2)) > 8
 
 
-def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
+def test_vectors_are_joined_as_by_a_comparison_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("usearch")
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(200, 16))
@@ -192,11 +197,13 @@ def test_vectors_are_joined_as_by_a_comparison_of_all() -> None:
     join_similar(components, lambda: iter(parts), 0.95, 32)
     assert components.lowest().tolist() == slow_components(200, [tuple(pair) for pair in pairs.tolist()])
     assert (components.lowest() != numbers).sum() > 40
-    mine, theirs, cosines = similar_rows(unit, unit[:7], 0.95)
-    assert sorted(zip(mine.tolist(), theirs.tolist(), strict=True)) == sorted(
-        map(tuple, np.argwhere(unit @ unit[:7].T >= 0.95).tolist())
-    )
-    assert (cosines >= 0.95).all()
+    for block in (similar._BLOCK, 20):
+        monkeypatch.setattr(similar, "_BLOCK", block)
+        mine, theirs, cosines = similar_rows(unit, unit[:7], 0.95)
+        assert sorted(zip(mine.tolist(), theirs.tolist(), strict=True)) == sorted(
+            map(tuple, np.argwhere(unit @ unit[:7].T >= 0.95).tolist())
+        )
+        assert cosines == pytest.approx((unit[mine] * unit[theirs]).sum(axis=1))
 
 
 class Single:
@@ -209,21 +216,27 @@ class Single:
 
 def test_a_pair_that_matches_by_hash_and_by_embedding_is_one_pair(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8))
-    members = [
-        [("a.png", encoded(image, "PNG")), ("a.txt", b"a")],
-        [("b.png", png(1, 16)), ("b.txt", b"b")],
-    ]  # fmt: skip
-    write_tar(tmp_path / "0.tar", members)
+    others = [[(f"{key}.png", png(ord(key), 16)), (f"{key}.txt", b"x")] for key in "bcd"]
+    same = [("a.png", encoded(image, "PNG")), ("a.txt", b"a")]
+    for number, members in enumerate((others[:2], [], [others[2], same])):
+        write_tar(tmp_path / f"{number}.tar", members)
+    vectors = {
+        "0.tar": {"samples": rows_of(["b", "c"]), "vectors": np.eye(4, dtype=np.float32)[:2]},
+        "1.tar": {"samples": rows_of([]), "vectors": np.zeros((0, 4), np.float32)},
+        "2.tar": {"samples": rows_of(["d", "a"]), "vectors": np.eye(4, dtype=np.float32)[2:]},
+    }
     hashes = np.array([perceptual_hash(image)], np.uint64)
-    evaluation = Evaluation((Single(),), hashes, np.array([True]), np.array([[1, 0]], np.float32))
+    evaluation = Evaluation((Single(),), hashes, np.array([True]), np.array([[0, 0, 0, 1]], np.float32))
     job = Deduplication(
         Likeness((), phash=True, cosine=0.9), Target(tmp_path / "out", None), (),
         embedded_by=("m",), evaluation_sets=("e",),
     )  # fmt: skip
-    rows = {"samples": rows_of(["a", "b"]), "vectors": np.eye(2, dtype=np.float32)}
-    done = run_dedup(job, [str(tmp_path / "0.tar")], Engine(), lambda _: rows, lambda: evaluation)
+    done = run_dedup(
+        job, [str(tmp_path)], Engine(), lambda shard: vectors[Path(shard).name], lambda: evaluation
+    )
     assert done.matches == 1
+    assert [record.samples for record in done.records] == [2, 1]
     (line,) = (tmp_path / "out" / "evaluation_matches.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "shard": "0.tar", "key": "a", "image": "e", "distance": 0, "cosine": pytest.approx(1),
+        "shard": "2.tar", "key": "a", "image": "e", "distance": 0, "cosine": pytest.approx(1),
     }  # fmt: skip

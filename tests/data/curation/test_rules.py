@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.cli.app import main
 from clipkit.data.curation.balancing import (
     PUBLISHED,
     WORDS,
@@ -49,22 +51,59 @@ CAPTIONS = [
 SIZES = [(200, 200), (199, 400), (200, 600), (200, 601), (600, 200), (601, 200), (640, 480), (1, 1)]
 
 
-def test_the_basic_filter_keeps_what_datacomp_keeps(tmp_path: Path) -> None:
+def resized(number: int) -> bool:
+    """Of every size for every second caption."""
+    return (number + number // len(SIZES)) % 2 == 1
+
+
+def write_cases(path: Path) -> list[tuple[str, tuple[int, int]]]:
+    """Writes a shard with a sample of every caption and size; returns both of each sample."""
     cases = [(text, size) for text in CAPTIONS for size in SIZES]
     samples: list[Members] = []
     for number, (text, (width, height)) in enumerate(cases):
-        if number % 2:  # a resized image: the original size stands in the JSON
-            document = {"original_width": width, "original_height": height}
+        if resized(number):  # the original size stands in the JSON
+            document = {"original_width": width, "original_height": height, "language": "en"}
             image = [(f"{number:04d}.json", json.dumps(document).encode()), (f"{number:04d}.png", png(1))]
         else:
             image = [(f"{number:04d}.png", picture(width, height))]
         samples.append([*image, (f"{number:04d}.txt", text.encode())])
-    shard = write_tar(tmp_path / "0.tar", samples)
-    rows = examine(str(shard), Plan("txt", Basic(**DATACOMP)))["samples"]
+    write_tar(path, samples)
+    return cases
+
+
+def test_the_basic_filter_keeps_what_datacomp_keeps(tmp_path: Path) -> None:
+    cases = write_cases(tmp_path / "0.tar")
+    rows = examine(str(tmp_path / "0.tar"), Plan("txt", Basic(**DATACOMP)))["samples"]
     kept = [bool(bits == 0) for bits in rows["failed"]]
     assert kept == [datacomp_basic(text, *size) for text, size in cases]
     assert 0 < sum(kept) < len(kept)
     assert not rows["reason"].any()
+
+
+def test_the_command_has_the_same_rules_and_bounds_of_ones_own(tmp_path: Path) -> None:
+    cases = write_cases(tmp_path / "0.tar")
+
+    def kept(*options: str) -> list[int]:
+        out = tmp_path / "kept.csv"
+        arguments = ["data", "filter", str(tmp_path / "0.tar"), "--keys-out", str(out), "--overwrite"]
+        assert main([*arguments, *options]) == 0
+        with out.open(newline="") as stream:
+            return [int(row["key"]) for row in csv.DictReader(stream)]
+
+    basic = [number for number, (text, size) in enumerate(cases) if datacomp_basic(text, *size)]
+    assert kept("--basic") == basic
+    # Half of the samples name their language, the others none.
+    assert kept("--basic", "--language", "en") == [number for number in basic if resized(number)]
+    own = {
+        ("--min-words", "3"): lambda text, size: len(text.split()) > 2,
+        ("--min-chars", "6"): lambda text, size: len(text) > 5,
+        ("--min-side", "201"): lambda text, size: min(size) > 200,
+        ("--max-aspect", "1.9"): lambda text, size: max(size) / min(size) <= 1.9,
+    }
+    for options, rule in own.items():
+        assert kept(*options) == [number for number, case in enumerate(cases) if rule(*case)], options
+    wider = [number for number in basic if max(cases[number][1]) / min(cases[number][1]) <= 1.9]
+    assert kept("--basic", "--max-aspect", "1.9") == wider != basic
 
 
 def test_language_comes_from_a_field_or_needs_a_model(tmp_path: Path) -> None:
