@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,9 @@ from PIL import Image
 
 from clipkit.cli import main
 from clipkit.config import load_config, make_config
+from clipkit.data.making import Reading, make_shards, open_collection
+from clipkit.data.raw.reading import Raw, planned
+from clipkit.proposal import sampling
 from clipkit.proposal.machine import Machine, Speed
 from clipkit.proposal.model import choose_model
 from clipkit.proposal.plan import Pace, plan_data, plan_run, seen_samples
@@ -209,6 +213,32 @@ def test_what_is_proposed_is_a_configuration_that_keeps_to_the_budget(
         most = math.inf if seconds is None else 0.8 * seconds * rate
         assert samples >= min(32 * (pairs - held - batch), most / 2 - batch)
         assert config.model.spec
+
+
+def test_of_large_pictures_fewer_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write_pairs(tmp_path / "pairs")
+    with zipfile.ZipFile(tmp_path / "pairs" / "images.zip") as archive:
+        mean = sum(entry.file_size for entry in archive.infolist()) / 160
+    monkeypatch.setattr(sampling, "MAX_BYTES", int(20 * mean))
+    for name in ("raw", "shards", "made"):
+        (tmp_path / name).mkdir()
+    found = sampling.copy_raw(planned(Raw(table)), tmp_path / "raw", lambda *_: None)
+    assert (found.pairs, found.exact) == (160, True)
+    keys = [name for name in names(tmp_path / "raw") if name.endswith(".png")]
+    assert 15 <= len(keys) <= 24
+    assert min(keys) < "000000020" < "000000140" < max(keys), "they are spread over all rows"
+    make_shards(open_collection(table, Reading()), tmp_path / "made")
+    sampling.copy_shards(str(tmp_path / "made"), tmp_path / "shards", lambda *_: None)
+    # Of shards all members count, each in whole blocks of a tar.
+    assert 1 <= len([name for name in names(tmp_path / "shards") if name.endswith(".png")]) <= 24
+
+
+def names(folder: Path) -> list[str]:
+    found: list[str] = []
+    for shard in folder.glob("*.tar"):
+        with tarfile.open(shard) as archive:
+            found += archive.getnames()
+    return found
 
 
 def test_a_run_file_survives_odd_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

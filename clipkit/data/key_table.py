@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.buckets import Buckets
+from clipkit.data.parquet import PARQUET_SUFFIXES, opened_parquet
 from clipkit.data.query import value_text
 from clipkit.data.tables import jsonable, read_columns, stream_rows, table_suffix
 from clipkit.data.tar_index import replacing
@@ -25,7 +25,6 @@ from clipkit.types import ConfigError, DataError
 
 KEY_COLUMNS = ("key", "uid")
 SHARD_COLUMN = "shard"
-_PARQUET = (".parquet", ".pq")
 _TEXT = (".csv", ".tsv", ".tab")
 _BATCH = 4096
 _BLOCK = 1 << 18  # rows in memory at a time
@@ -270,7 +269,7 @@ def _part(stem: Path, name: str) -> Path:
 
 def _suffix(path: Path) -> str:
     suffix = table_suffix(path)
-    if suffix not in (*_TEXT, *_PARQUET):
+    if suffix not in (*_TEXT, *PARQUET_SUFFIXES):
         raise ConfigError(f"{path}: not a table by its name", "give a .csv, .tsv or .parquet file")
     return suffix
 
@@ -278,7 +277,7 @@ def _suffix(path: Path) -> str:
 def _columns(path: Path) -> list[str]:
     if _suffix(path) in _TEXT:
         return read_columns(path)
-    with _parquet(path) as file:
+    with opened_parquet(path) as file:
         return list(file.schema_arrow.names)
 
 
@@ -291,7 +290,7 @@ def _rows(spec: TableSpec) -> Iterator[tuple[Any, ...]]:
             yield tuple(row[name] for name in names)
         return
     empty = True
-    with _parquet(spec.path) as file:
+    with opened_parquet(spec.path) as file:
         for batch in file.iter_batches(batch_size=_BATCH, columns=list(names)):
             columns = [batch.column(name).to_pylist() for name in names]
             for key, *values in zip(*columns, strict=True):
@@ -299,32 +298,3 @@ def _rows(spec: TableSpec) -> Iterator[tuple[Any, ...]]:
                 yield (value_text(jsonable(key)), *(jsonable(value) for value in values))
     if empty:
         raise DataError(f"{spec.path}: no rows", "give a table with a row per key")
-
-
-class _parquet:
-    """Context manager: an open Parquet file; what is wrong with it leaves as DataError."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._arrow: Any = importlib.import_module("pyarrow")
-            self._module: Any = importlib.import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise ConfigError("Parquet tables need the package pyarrow", "install clipkit[data]") from error
-
-    def __enter__(self) -> Any:
-        try:
-            self._file = self._module.ParquetFile(self.path)
-        except (OSError, self._arrow.ArrowException) as error:
-            raise self._unreadable(error) from error
-        return self._file
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._file.close()
-        if isinstance(error, OSError | self._arrow.ArrowException):
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> DataError:
-        return DataError(
-            f"{self.path}: cannot be read ({' '.join(str(error).split())[:200]})", "write the Parquet again"
-        )

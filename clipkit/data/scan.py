@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -45,27 +46,47 @@ def scan_shard(path: str, storage: Storage = DEFAULT_STORAGE) -> ShardScan:
         return walked.result()
 
 
+class OpenShard(NamedTuple):
+    """A shard while it is read: `read(offset, size)`, bytes in all, and its stamp."""
+
+    read: Read
+    size: int
+    stamp: int
+
+
 @contextmanager
-def opened_walk(path: str, storage: Storage = DEFAULT_STORAGE) -> Iterator[ShardWalk]:
-    """The walk over one shard, open while the block runs; a remote shard is read in blocks of 8 MiB."""
+def opened_shard(path: str, storage: Storage = DEFAULT_STORAGE) -> Iterator[OpenShard]:
+    """The shard, open while the block runs; a remote one is read in blocks of 8 MiB.
+
+    Raises OSError or DataError when it is out of reach.
+    """
     if is_remote(path):
         source = RemoteShards(storage)
         try:
             facts = source.facts(path)
             blocks = Blocks(lambda begin, end: source.read(path, begin, end, facts), facts[0])
-            yield ShardWalk(path, blocks.read, *facts)
+            yield OpenShard(blocks.read, *facts)
         finally:
             source.close()
         return
-    with open(path, "rb") as file:
-        descriptor = file.fileno()
+    # Without waiting: a pipe that nobody writes to would be waited for for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
         status = os.fstat(descriptor)
-        yield ShardWalk(
-            path,
-            lambda offset, size: os.pread(descriptor, size, offset),
-            status.st_size,
-            status.st_mtime_ns,
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: not a file", "give the shards themselves")
+        yield OpenShard(
+            lambda offset, size: os.pread(descriptor, size, offset), status.st_size, status.st_mtime_ns
         )
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened_walk(path: str, storage: Storage = DEFAULT_STORAGE) -> Iterator[ShardWalk]:
+    """The walk over one shard, open while the block runs."""
+    with opened_shard(path, storage) as opened:
+        yield ShardWalk(path, *opened)
 
 
 class SampleSpan(NamedTuple):

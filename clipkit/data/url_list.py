@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from clipkit.data.parquet import opened_parquet
 from clipkit.data.tables import CAPTION_COLUMNS
 from clipkit.types import ConfigError, DataError
 
@@ -170,16 +170,8 @@ def _keys(file: Path, line: str) -> tuple[str, ...]:
 
 
 def _look_parquet(file: Path) -> tuple[tuple[str, ...], int]:
-    try:
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-        arrow: Any = importlib.import_module("pyarrow")
-    except ImportError as error:
-        raise ConfigError("Parquet needs the package pyarrow", "install clipkit[data]") from error
-    try:
-        with parquet.ParquetFile(file) as opened:
-            return tuple(opened.schema_arrow.names), int(opened.metadata.num_rows)
-    except arrow.ArrowException as error:
-        raise DataError(f"{file}: not a readable Parquet file ({error})", "fetch it again") from error
+    with opened_parquet(file) as opened:
+        return tuple(opened.schema_arrow.names), int(opened.metadata.num_rows)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,17 +17,20 @@ from clipkit.data.engine import Engine
 from clipkit.data.fingerprints import fingerprints
 from clipkit.data.indexing import Indexing
 from clipkit.data.making import MakeJob, Making
-from clipkit.data.making.collection import Entry, collect
+from clipkit.data.making.collection import Entry, Images, collect
 from clipkit.data.making.samples import Layout
 from clipkit.data.options import DEFAULT_STORAGE
 from clipkit.data.raw.reading import Plan
 from clipkit.data.shards import shard_name, write_members
 from clipkit.data.source import expand_shards, is_remote, needs_stream
 from clipkit.data.stated_counts import stated_total
+from clipkit.data.tables import UNREADABLE
 from clipkit.data.walked import walked_samples
 from clipkit.types import ConfigError, DataError
 
 SAMPLE = 4096  # pairs that are looked at
+MAX_BYTES = 1 << 30  # of their pictures: of photographs as cameras write them, fewer are copied
+_WEIGHED = 32  # pictures that tell how large they are
 _SHARDS = 8  # of a set of shards, those whose beginnings are looked at
 _COMPARED = 500_000  # captions of a table that are compared with one another
 _ASKED = 1000  # remote shards that are asked for their size; of more, the chosen ones alone
@@ -53,6 +58,7 @@ class Sampled:
 def copy_raw(plan: Plan, folder: Path, progress: Progress) -> Sampled:
     """Copies a sample of raw data into `folder`, after one pass over its rows. Raises DataError."""
     chosen, pairs, distinct = _choose(plan, progress)
+    chosen = _affordable(chosen, plan.found.images)
     found = replace(plan.found, entries=lambda: iter(chosen))
     collection = collect(str(plan.place), found, plan.reading)
     try:
@@ -92,6 +98,17 @@ def _choose(plan: Plan, progress: Progress) -> tuple[list[Entry], int, tuple[int
     return chosen, len(images) or rows, (len(captions), compared) if compared else None
 
 
+def _affordable(chosen: list[Entry], images: Images) -> list[Entry]:
+    """Every n-th of the entries, so that their pictures are MAX_BYTES together, about."""
+    sizes = []
+    for entry in chosen[:: -(-len(chosen) // _WEIGHED)]:
+        # What cannot be read is counted when it is copied.
+        with contextlib.suppress(*UNREADABLE):
+            sizes.append(len(images.read(entry.image)))
+    volume = sum(sizes) / max(1, len(sizes)) * len(chosen)
+    return chosen[:: max(1, math.ceil(volume / MAX_BYTES))]
+
+
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
@@ -108,7 +125,7 @@ def copy_shards(spec: str, folder: Path, progress: Progress) -> Sampled:
     chosen = [shards[number * len(shards) // count] for number in range(count)]
     samples = volume = 0
     for number, shard in enumerate(chosen):
-        taken = islice(_members(shard), SAMPLE // count)
+        taken = islice(_members(shard, MAX_BYTES // count), SAMPLE // count)
         record = write_members(folder / shard_name(number), taken)
         samples, volume = samples + record.samples, volume + record.bytes
         progress("looking at shards", number + 1, count)
@@ -124,9 +141,15 @@ def copy_shards(spec: str, folder: Path, progress: Progress) -> Sampled:
     return Sampled(round(total / volume * samples), False)
 
 
-def _members(shard: str) -> Iterator[dict[str, Any]]:
-    """The samples of a shard as their members, in order; damage is an error when it is reached."""
+def _members(shard: str, limit: int) -> Iterator[dict[str, Any]]:
+    """The first samples of a shard as their members, of about `limit` bytes; damage is an error when it is
+    reached.
+    """
+    taken = 0
     for sample in walked_samples(shard):
+        if taken > limit:
+            return
+        taken += len(sample.chunk)
         yield {"__key__": sample.key} | {name: sample.chunk[a:b] for name, (a, b) in sample.members.items()}
 
 

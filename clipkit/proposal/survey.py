@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from clipkit.data.describing.scripts import script_of
-from clipkit.data.sample import RawSample, Unusable, decode_image, image_bytes, parse_chunk
-from clipkit.data.scan import scan_shard
+from clipkit.data.sample import RawSample, Unusable, decode_image, image_bytes
 from clipkit.data.tables import CAPTION_COLUMNS
+from clipkit.data.walked import walked_samples
 from clipkit.proposal.sampling import Sampled
 from clipkit.types import DataError
 
@@ -120,9 +120,7 @@ def survey(folder: Path, sampled: Sampled, source: str) -> DataFacts:
 
 def _samples(folder: Path) -> Iterator[RawSample]:
     for shard in sorted(folder.glob("*.tar")):
-        starts = scan_shard(str(shard)).starts
-        content = shard.read_bytes()
-        yield from parse_chunk(content[: int(starts[-1])], len(starts) - 1, str(shard), 0)
+        yield from walked_samples(str(shard))
 
 
 def _texts(sample: RawSample) -> dict[str, list[str]]:

@@ -17,11 +17,7 @@ if TYPE_CHECKING:
     from clipkit.data.shards import ShardRecord
     from clipkit.evaluation.scoring import Scorer
 
-ShardsArgument = Annotated[
-    list[str],
-    typer.Argument(metavar="SHARDS...", show_default=False, help="Paths, braces, globs or folders."),
-]
-OutOption = Annotated[
+KeptOutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Write the kept samples as shards into this folder."),
 ]
@@ -37,7 +33,6 @@ CaptionOption = Annotated[
 UidOption = Annotated[
     str, typer.Option("--uid-field", metavar="FIELD", help="Field of the uid, for --keys-out FILE.npy.")
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies at the outputs.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of the towers.")]

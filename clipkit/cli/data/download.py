@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipkit.cli.data.options import DryRunOption, WorkersOption
+from clipkit.cli.data.options import DryRunOption, OutOption, WorkersOption
 from clipkit.cli.output import StageProgress, say, table
 from clipkit.redaction import redact, visible
 
@@ -34,7 +34,6 @@ ListArgument = Annotated[
         help="A .parquet, .csv, .tsv, .jsonl, .json or .txt list of addresses, or a folder of them.",
     ),
 ]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)]
 UrlKeyOption = Annotated[
     str | None, typer.Option(metavar="COLUMN", help="Column of addresses.  [default: url, image_url, ...]")
 ]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clipkit.cli.data.curating import CaptionOption, OverwriteOption, SeedOption, ShardsArgument
+from clipkit.cli.data.curating import CaptionOption, SeedOption
 from clipkit.cli.data.options import (
     DryRunOption,
     EndOption,
     EngineName,
     EngineOption,
+    OutOption,
+    OverwriteOption,
+    ShardsArgument,
     StartOption,
     WorkersOption,
     engine_of,
@@ -30,7 +32,6 @@ class Rule(StrEnum):
     replaced = "replace"
 
 
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the new shards.")]
 FieldOption = Annotated[
     str, typer.Option("--field", metavar="NAME", help="Entry of the JSON member that gets the list.")
 ]

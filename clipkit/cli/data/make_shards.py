@@ -14,6 +14,8 @@ from clipkit.cli.data.options import (
     EndOption,
     EngineName,
     EngineOption,
+    OutOption,
+    OverwriteOption,
     StartOption,
     WorkersOption,
     byte_count,
@@ -60,7 +62,6 @@ DataArgument = Annotated[
     Path,
     typer.Argument(metavar="DATA", show_default=False, help="Table, caption file or folder (see above)."),
 ]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.", show_default=False)]
 ToOption = Annotated[Target, typer.Option("--to", help="Training shards, or a CLIP_benchmark folder.")]
 FromOption = Annotated[
     str | None, typer.Option("--from", metavar="LAYOUT", help="The layout of DATA, if it is not found out.")
@@ -121,7 +122,6 @@ RejectsOption = Annotated[
         help="Unusable rows to bear with.  [default: 0.01; evaluation 0]",
     ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace shards in --out.")]
 
 
 def make_shards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,10 @@ ShardsArgument = Annotated[
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes, or Ray tasks at a time.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="The folder of the new shards.", show_default=False)
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies at the outputs.")]
 EngineOption = Annotated[
     EngineName, typer.Option("--engine", help="Processes of this machine, or a Ray cluster (clipkit[ray]).")
 ]

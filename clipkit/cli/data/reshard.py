@@ -13,6 +13,9 @@ from clipkit.cli.data.options import (
     EndOption,
     EngineName,
     EngineOption,
+    OutOption,
+    OverwriteOption,
+    ShardsArgument,
     StartOption,
     WorkersOption,
     byte_count,
@@ -33,13 +36,6 @@ class Target(StrEnum):
     txt = "txt"
 
 
-ShardsArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SHARDS...", show_default=False, help="Paths, braces, globs or folders; several are merged."
-    ),
-]
-OutOption = Annotated[Path, typer.Option(help="Folder of the new shards.", metavar="DIR", show_default=False)]
 SamplesOption = Annotated[
     int, typer.Option("--samples-per-shard", min=1, help="Samples of a shard, at most.")
 ]
@@ -94,7 +90,6 @@ GroupOption = Annotated[
 RekeyOption = Annotated[
     bool, typer.Option("--rekey", help="Keys 000000000, 000000001, ... in the new order.")
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the shards that DIR holds.")]
 
 
 def reshard(
@@ -123,9 +118,10 @@ def reshard(
 ) -> None:
     """Shuffle, merge, split, choose from and add to shards; write new ones.
 
-    All samples are shuffled at once, in little memory. Images and other members keep their bytes. The same
-    command continues after an interruption and gives the same bytes for any --workers and --engine. With
-    --start and --end machines share the output shards; the full command puts them together.
+    All samples, of shards on this machine, are shuffled at once, in little memory. Images and other members
+    keep their bytes. The same command continues after an interruption and gives the same bytes for any
+    --workers and --engine. With --start and --end machines share the output shards; the full command puts
+    them together.
 
     Example: clipkit data reshard laion/ more/ --out mixed/ --where 'json.similarity >= 0.3' --workers 8
     """

@@ -21,11 +21,10 @@ from clipkit.data.checking.shard import (
     check_shard,
     samples_of,
 )
-from clipkit.data.checking.walking import opened_shard
 from clipkit.data.curation.tables import shard_labels
 from clipkit.data.engine import Engine
 from clipkit.data.hash_counts import HashCounts, hashes_of
-from clipkit.data.scan import Grouper
+from clipkit.data.scan import Grouper, opened_shard
 from clipkit.data.shard_records import OnShard, Record, ShardRecords, survey
 from clipkit.data.tar_format import ShardDamage
 from clipkit.redaction import redact

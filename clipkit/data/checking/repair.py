@@ -17,10 +17,9 @@ from clipkit.data.checking.findings import writable
 from clipkit.data.checking.job import SetCheck
 from clipkit.data.checking.samples import SampleRules
 from clipkit.data.checking.shard import is_dotted, samples_of
-from clipkit.data.checking.walking import OpenShard, opened_shard
 from clipkit.data.engine import Engine
 from clipkit.data.finished import ELSEWHERE, Ended, Finished, is_whole, storing
-from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, SampleSpan
+from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, OpenShard, SampleSpan, opened_shard
 from clipkit.data.shard_folder import SUMMARIES, refuse_source, shards_in
 from clipkit.data.shard_records import OnShard
 from clipkit.data.shards import (

@@ -12,10 +12,10 @@ import numpy as np
 
 from clipkit.data.checking.findings import ERROR, NOTE, Finding, of_record, writable
 from clipkit.data.checking.samples import SampleRules
-from clipkit.data.checking.walking import OpenShard, opened_shard, walk_damaged
+from clipkit.data.checking.walking import walk_damaged
 from clipkit.data.hash_counts import Hashes, hashes_of, of_text, to_text
 from clipkit.data.http_ranges import Transient
-from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, SampleSpan
+from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, OpenShard, SampleSpan, opened_shard
 from clipkit.data.tar_format import IMAGE_EXTENSIONS, ShardDamage, split_name
 from clipkit.redaction import redact
 from clipkit.types import DataError

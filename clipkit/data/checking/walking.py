@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
-from clipkit.data.options import DEFAULT_STORAGE
-from clipkit.data.remote import RemoteShards
-from clipkit.data.scan import Blocks
-from clipkit.data.source import is_remote
+from clipkit.data.scan import OpenShard
 from clipkit.data.tar_format import (
     BLOCK,
     CLAIMS,
@@ -27,43 +20,9 @@ from clipkit.data.tar_format import (
     next_header,
     walk,
 )
-from clipkit.types import DataError
 
 # At these the header itself is whole: what stands before it is, too, and the search goes on behind it.
 _WHOLE_HEADER = (CLAIMS, EXTENDED, NOT_A_FILE, UNSAFE_NAME)
-
-
-class OpenShard(NamedTuple):
-    """A shard while it is read: `read(offset, size)`, bytes in all, and its stamp."""
-
-    read: Read
-    size: int
-    stamp: int
-
-
-@contextmanager
-def opened_shard(path: str) -> Iterator[OpenShard]:
-    """The shard, open while the block runs. Raises OSError or DataError when it is out of reach."""
-    if is_remote(path):
-        source = RemoteShards(DEFAULT_STORAGE)
-        try:
-            facts = source.facts(path)
-            blocks = Blocks(lambda begin, end: source.read(path, begin, end, facts), facts[0])
-            yield OpenShard(blocks.read, *facts)
-        finally:
-            source.close()
-        return
-    # Without waiting: a pipe that nobody writes to would be waited for for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path}: not a file", "give the shards themselves")
-        yield OpenShard(
-            lambda offset, size: os.pread(descriptor, size, offset), status.st_size, status.st_mtime_ns
-        )
-    finally:
-        os.close(descriptor)
 
 
 def walk_damaged(

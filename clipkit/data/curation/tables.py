@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipkit.data.buckets import Buckets
+from clipkit.data.parquet import opened_parquet, pyarrow
 from clipkit.redaction import redact, visible
 from clipkit.types import ConfigError, DataError
 
 FORMATS = (".csv", ".parquet", ".npy")
-
-
-def pyarrow_parquet(path: Path) -> tuple[Any, Any]:
-    """Returns the modules pyarrow and pyarrow.parquet; ConfigError when they are not installed."""
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: Parquet needs the package pyarrow", "install clipkit[data], or use .csv"
-        ) from error
 
 
 def check_format(path: Path, formats: Sequence[str], option: str) -> None:
@@ -38,7 +28,7 @@ def check_format(path: Path, formats: Sequence[str], option: str) -> None:
             f"{option} {path}: the name says no known format", f"end it in {' or '.join(formats)}"
         )
     if path.suffix == ".parquet":
-        pyarrow_parquet(path)
+        pyarrow()
 
 
 def shard_labels(shards: Sequence[str]) -> list[str]:
@@ -86,7 +76,7 @@ def _csv_rows(path: Path) -> Iterator[RowWriter]:
 
 @contextmanager
 def _parquet_rows(path: Path) -> Iterator[RowWriter]:
-    arrow, parquet = pyarrow_parquet(path)
+    arrow, parquet = pyarrow()
     writer: Any = None
 
     def write(columns: Mapping[str, Sequence[Any]]) -> None:
@@ -112,9 +102,9 @@ def read_scores(path: Path) -> Iterator[tuple[str, str, float]]:
     cure = "give a table written with --scores-out"
     try:
         if path.suffix == ".parquet":
-            _, parquet = pyarrow_parquet(path)
-            for batch in parquet.ParquetFile(path).iter_batches(columns=columns):
-                yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+            with opened_parquet(path) as file:
+                for batch in file.iter_batches(columns=columns):
+                    yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
             return
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
             for row in csv.DictReader(stream):

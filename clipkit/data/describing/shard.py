@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clipkit.data.captions import field_captions
-from clipkit.data.checking.walking import opened_shard
 from clipkit.data.describing.scripts import script_of
 from clipkit.data.describing.tokens import TokenRule, counter
 from clipkit.data.hash_counts import Hashes, hashes_of, to_text
@@ -22,7 +21,7 @@ from clipkit.data.sample import (
     image_bytes,
     opened_image,
 )
-from clipkit.data.scan import SampleSpan, ShardWalk
+from clipkit.data.scan import SampleSpan, ShardWalk, opened_shard
 from clipkit.data.shard_records import Record
 from clipkit.data.tar_format import IMAGE_EXTENSIONS, Read
 from clipkit.types import DataError

@@ -12,10 +12,10 @@ from clipkit.data.making.folders import holds_pairs, is_image, read_pairs, walk_
 from clipkit.data.making.huggingface import is_saved, read_huggingface
 from clipkit.data.making.tables import (
     IMAGE_COLUMNS,
-    PARQUET_SUFFIXES,
     TABLE_SUFFIXES,
     read_table,
 )
+from clipkit.data.parquet import PARQUET_SUFFIXES
 from clipkit.data.tables import CAPTION_COLUMNS, UNREADABLE_TABLE, open_table, read_columns, table_suffix
 from clipkit.types import ConfigError, DataError
 

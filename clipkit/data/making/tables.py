@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import itertools
+import os
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.data.making.collection import LIST, Entry, Found, Images, Reading
+from clipkit.data.parquet import PARQUET_SUFFIXES, ColumnCells, opened_parquet
 from clipkit.data.tables import (
     CAPTION_COLUMNS,
     TAB_SUFFIXES,
@@ -20,10 +21,9 @@ from clipkit.data.tables import (
     stream_rows,
     table_suffix,
 )
-from clipkit.types import ConfigError, DataError
+from clipkit.types import DataError
 
 TABLE_SUFFIXES = (".csv", *TAB_SUFFIXES, ".parquet", ".pq")
-PARQUET_SUFFIXES = (".parquet", ".pq")
 # Names that others give to columns of images, the most telling first.
 IMAGE_COLUMNS = ("filepath", "file_name", "filename", "image_path", "image", "path", "file", "img", "jpg")
 DEFAULT_TEMPLATES = ("a photo of a {c}",)
@@ -150,20 +150,9 @@ def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _pyarrow() -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError("Parquet needs the package pyarrow", "install clipkit[data]") from error
-
-
 def _read_parquet(table: Path, reading: Reading) -> Found:
-    parquet = _pyarrow()
-    try:
-        with parquet.ParquetFile(table) as file:
-            schema = file.schema_arrow
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise _damaged(table, error) from error
+    with opened_parquet(table) as file:
+        schema = file.schema_arrow
     image, captions = choose_columns(str(table), schema.names, reading)
     kind = schema.field(image).type
     inside = str(kind) in ("binary", "large_binary") or str(kind).startswith("struct<")
@@ -183,50 +172,29 @@ def _read_parquet(table: Path, reading: Reading) -> Found:
 
 
 def _parquet_rows(table: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    try:
-        with _pyarrow().ParquetFile(table) as file:
-            for batch in file.iter_batches(1024, columns=columns):
-                yield from batch.to_pylist()
-    except (OSError, ValueError) as error:
-        raise _damaged(table, error) from error
+    with opened_parquet(table) as file:
+        for batch in file.iter_batches(1024, columns=columns):
+            yield from batch.to_pylist()
 
 
-def _damaged(table: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{table}: cannot be read ({' '.join(str(error).split())[:200]})", "write the table again"
-    )
-
-
-@dataclass
+@dataclass(frozen=True)
 class ParquetImages:
-    """Images inside a Parquet column, as bytes or as struct<bytes, path>; an image is known by its row.
-
-    One row group is held at a time: rows of a part follow each other.
-    """
+    """Images inside a Parquet column, as bytes or as struct<bytes, path>; an image is known by its row."""
 
     table: Path
     column: str
-    _group: tuple[int, list[Any]] | None = field(default=None, init=False, repr=False)
-    _starts: list[int] = field(default_factory=list, init=False, repr=False)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"table": self.table, "column": self.column, "_group": None, "_starts": []}
 
     def read(self, image: str, size: int = -1) -> bytes:
         """Returns the first `size` bytes of an image (all by default); OSError or ValueError."""
-        row = int(image)
-        if self._group is None or not 0 <= row - self._group[0] < len(self._group[1]):
-            self._group = self._load(row)
-        value = self._group[1][row - self._group[0]]
+        status = os.stat(self.table)
+        value = _cells(self.table, self.column, (status.st_size, status.st_mtime_ns)).at(int(image))
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             raise ValueError("the cell holds no bytes")
         return content if size < 0 else content[:size]
 
-    def _load(self, row: int) -> tuple[int, list[Any]]:
-        with _pyarrow().ParquetFile(self.table) as file:
-            if not self._starts:
-                counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-                self._starts = list(itertools.accumulate(counts, initial=0))
-            group = max(n for n, start in enumerate(self._starts[:-1]) if start <= row)
-            return self._starts[group], file.read_row_group(group, [self.column]).column(0).to_pylist()
+
+@lru_cache(1)
+def _cells(table: Path, column: str, stamp: tuple[int, int]) -> ColumnCells:
+    """The cells that this process reads, part after part: what lies between them is passed once."""
+    return ColumnCells(table, column)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from clipkit.data.making import Making, Reading, make_evaluation_set, make_shards, open_collection
+from clipkit.data.making.tables import ParquetImages
 from clipkit.evaluation.collections import READERS
 from clipkit.types import ClipkitError, ConfigError, DataError
 from tests.data.making.makers import (
@@ -357,3 +359,22 @@ def test_folders_and_names_that_hold_nothing(tmp_path: Path) -> None:
         made(tmp_path / "empty", tmp_path / "out", "folder")
     with pytest.raises(DataError, match="no rows"):
         made(tmp_path / "empty", tmp_path / "out", "pairs")
+
+
+def test_pictures_in_a_large_row_group_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    size, number = 100_000, 300
+    cells = [random.Random(row).randbytes(size) for row in range(number)]
+    table = tmp_path / "t.parquet"
+    options = {"row_group_size": number - 50, "write_batch_size": 8, "data_page_size": 1}
+    parquet.write_table(arrow.table({"image": cells}), table, compression="none", **options)
+    images = ParquetImages(table, "image")
+    before = arrow.total_allocated_bytes()
+    peak = 0
+    # Forwards, backwards within a group, and into the other one.
+    for row in (*range(0, number, 3), 10, 299, 251, 40):
+        assert images.read(str(row)) == cells[row]
+        peak = max(peak, arrow.total_allocated_bytes() - before)
+    assert peak < number * size / 4
+    with pytest.raises(ValueError, match="row 300 of 300"):
+        images.read("300")
