@@ -75,14 +75,19 @@ def show(
 def _look(config: Config, needs: Needs) -> list[str]:
     """What a few samples of every source hold; nothing of those that are not on this machine."""
     from clipkit.data import preflight
+    from clipkit.data.raw import check_columns, raw_of
     from clipkit.data.raw.reading import raw_path
     from clipkit.data.source import expand_shards, is_remote, needs_stream
 
     lines: list[str] = []
     for number, entry in enumerate(config.data.train):
         source = entry.source
-        if raw_path(source.shards) is not None:
-            continue  # its shards are made when a run begins
+        raw = raw_path(source.shards)
+        if raw is not None:
+            # Its shards are made when a run begins.
+            if raw.exists():
+                check_columns(raw_of(source, raw))
+            continue
         try:
             shards = expand_shards(source.shards, allow_pipe=config.data.allow_pipe)
         except DataError:
@@ -101,7 +106,7 @@ def validate(paths: Paths = None) -> None:
     """Check configurations completely, objectives and their options included; exit 2 on a problem.
 
     Where the shards are on this machine, a few of their samples are looked at too: a caption field or label
-    that none of them holds is a problem.
+    that none of them holds is a problem. So are columns that a table of pairs does not have.
     """
     from clipkit.config import ConfigErrors, load_config
     from clipkit.config.problems import Origin, Problem

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
-MAX_HASHES = 1 << 24  # 128 MB, and as much again while they are sorted
+MAX_HASHES = 1 << 23  # 210 MB, and as much again while they are sorted
+_COUNTED = np.dtype([("hash", "<u8"), ("group", "<i4"), ("times", "<i8")])
 
 
 def hashes_of(contents: Iterable[bytes]) -> Hashes:
@@ -30,70 +32,81 @@ def of_text(text: str) -> Hashes:
 
 
 class HashCounts:
-    """Hashes from many groups (shards), at most `limit` of them in memory.
+    """Hashes from many groups (shards), at most `limit` different ones in memory.
 
     Beyond it only hashes that end in `level` zero bits stay, a random share of what is counted: all copies of
     one thing stay or go together, so shares of duplicates remain right, and one in 2 ** level is seen.
-    Neither depends on the order in which groups are added.
+    Neither depends on the order in which groups are added. groups: in which of them each hash stands is kept.
     """
 
     def __init__(self, limit: int = MAX_HASHES, groups: bool = False) -> None:
-        self.level = 0
         self.seen = 0
+        self._level = 0
+        self._at_rest = False  # whether the one part is what `_settled` returns
         self._limit = limit
         self._keep_groups = groups
         self._held = 0
-        self._hashes: list[Hashes] = []
-        self._groups: list[NDArray[np.int32]] = []
+        self._parts: list[NDArray[Any]] = []
 
     def add(self, hashes: Hashes, group: int = 0) -> None:
         """Counts the hashes of one more group."""
         self.seen += len(hashes)
-        kept = self._thinned(hashes)
-        self._hashes.append(kept)
-        if self._keep_groups:
-            self._groups.append(np.full(len(kept), group, dtype=np.int32))
-        self._held += len(kept)
-        while self._held > self._limit:
-            self.level += 1
-            self._thin()
+        values, times = np.unique(hashes[hashes & self._mask == 0], return_counts=True)
+        part = np.zeros(len(values), _COUNTED)
+        part["hash"], part["group"], part["times"] = values, group if self._keep_groups else 0, times
+        self._parts.append(part)
+        self._at_rest = False
+        self._held += len(part)
+        # Not at the limit itself: sorting all for every group would take for ever.
+        if self._held > self._limit + self._limit // 4:
+            self._settled()
 
-    def _thinned(self, hashes: Hashes) -> Hashes:
-        return hashes[hashes & self._mask == 0] if self.level else hashes
+    @property
+    def level(self) -> int:
+        """How many zero bits the hashes in memory end in."""
+        self._settled()
+        return self._level
 
     @property
     def _mask(self) -> np.uint64:
-        return np.uint64((1 << self.level) - 1)
+        return np.uint64((1 << self._level) - 1)
 
-    def _thin(self) -> None:
-        all_hashes = self._all()
-        stays = all_hashes & self._mask == 0
-        if self._keep_groups:
-            self._groups = [np.concatenate(self._groups)[stays]]
-        self._hashes = [all_hashes[stays]]
-        self._held = len(self._hashes[0])
-
-    def _all(self) -> Hashes:
-        return np.concatenate(self._hashes) if self._hashes else np.zeros(0, dtype=np.uint64)
+    def _settled(self) -> NDArray[Any]:
+        """Every hash once (in each group), ascending, with how often it was seen there; at most the limit."""
+        if self._at_rest:
+            return self._parts[0]
+        found = np.concatenate(self._parts or [np.zeros(0, _COUNTED)])
+        found = found[np.lexsort((found["group"], found["hash"]))]
+        first = np.ones(len(found), dtype=np.bool_)
+        first[1:] = (found["hash"][1:] != found["hash"][:-1]) | (found["group"][1:] != found["group"][:-1])
+        starts = np.flatnonzero(first)
+        distinct = found[starts]
+        if len(starts):
+            distinct["times"] = np.add.reduceat(found["times"], starts)
+        while len(distinct) > self._limit:
+            self._level += 1
+            distinct = distinct[distinct["hash"] & self._mask == 0]
+        self._parts, self._held, self._at_rest = [distinct], len(distinct), True
+        return distinct
 
     def repeated(self) -> tuple[int, int]:
         """Returns (copies beyond the first, all that were looked at), of the share that is in memory."""
-        found = self._all()
-        return len(found) - len(np.unique(found)), len(found)
+        found = self._settled()
+        total = int(found["times"].sum())
+        return total - len(np.unique(found["hash"])), total
 
     def times(self, wanted: Hashes) -> NDArray[np.int64]:
         """Returns how often each of these hashes was seen, (n,); 0 for those outside the share in memory."""
-        found = np.sort(self._all())
-        first, last = (np.searchsorted(found, wanted, side=side) for side in ("left", "right"))
-        return (last - first).astype(np.int64)
+        found = self._settled()
+        before = np.concatenate([[0], np.cumsum(found["times"])])
+        first, last = (np.searchsorted(found["hash"], wanted, side=side) for side in ("left", "right"))
+        return (before[last] - before[first]).astype(np.int64)
 
     def in_several_groups(self, limit: int) -> tuple[int, list[tuple[int, list[int]]]]:
         """Returns how many hashes several groups share, and (hash, its groups) of `limit` of them."""
-        hashes, groups = self._all(), np.concatenate(self._groups or [np.zeros(0, dtype=np.int32)])
-        order = np.lexsort((groups, hashes))
-        hashes, groups = hashes[order], groups[order]
-        again = (hashes[1:] == hashes[:-1]) & (groups[1:] != groups[:-1])
-        shared = np.unique(hashes[1:][again])
+        found = self._settled()
+        hashes = found["hash"]
+        shared = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
         first, last = (np.searchsorted(hashes, shared[:limit], side=side) for side in ("left", "right"))
         spans = zip(shared[:limit].tolist(), first.tolist(), last.tolist(), strict=True)
-        return len(shared), [(key, np.unique(groups[a:b]).tolist()) for key, a, b in spans]
+        return len(shared), [(key, found["group"][a:b].tolist()) for key, a, b in spans]

@@ -334,11 +334,11 @@ def prepare(
     """
     world = World.current()
     check_world(config, world, saved)
-    # Before the towers: what cannot be read, or lacks something, is refused in seconds.
-    sources = open_sources(config, world)
     seed_everything(config.run.seed)
     objectives = declare(config)
     needs = needs_of(part for part, _ in objectives.values())
+    # Before the towers: what cannot be read, or lacks something, is refused in seconds.
+    sources = open_sources(config, needs, world)
     data = look_at_data(config, sources, needs, world)
     towers = build_towers(config, objectives)
     teachers = build_teachers(needs, towers, stored)

@@ -21,8 +21,8 @@ from clipkit.data.raw.cache import CACHE
 from clipkit.data.raw.sharing import refuse_unknown_columns, shards_of
 from clipkit.dist import World
 from clipkit.train.first_look import open_sources
-from clipkit.types import ConfigError, DataError
-from tests.data.makers import png
+from clipkit.types import IMAGE, TEXT, ConfigError, DataError, Needs
+from tests.data.makers import png, write_shards
 from tests.data.making.makers import samples as samples_below
 
 Rows = list[dict[str, str]]
@@ -332,6 +332,28 @@ def test_tables_that_cannot_be_used_are_refused_in_words(tmp_path: Path, content
     assert not list((tmp_path / CACHE).glob("*")), "nothing is left of a set that was refused"
 
 
+def test_fields_of_shards_are_known_before_raw_data_is_made_into_shards(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [4])
+    config = make_config(
+        {
+            "model": {"name": "ViT-B-32"},
+            "objectives": [{"name": "clip"}],
+            "data": {
+                "train": [
+                    {"shards": str(write_table(tmp_path / "raw"))},
+                    {"shards": str(shards), "captions": ["json.more"]},
+                ],
+                "batch_size": 4,
+            },
+            "run": {"epochs": 1},
+        }
+    )
+    needs = Needs(views=(IMAGE, TEXT))
+    with pytest.raises(ConfigError, match=r"data\.train\.1\.captions reads json\.more"):
+        open_sources(config, needs, World())
+    assert not (tmp_path / "raw" / ".clipkit-cache").exists()
+
+
 def test_columns_of_every_source_are_known_before_any_shards_are_made(tmp_path: Path) -> None:
     good, bad = write_table(tmp_path / "good"), write_table(tmp_path / "bad")
     config = make_config(
@@ -346,7 +368,7 @@ def test_columns_of_every_source_are_known_before_any_shards_are_made(tmp_path: 
         }
     )
     with pytest.raises(DataError, match=r"bad/pairs\.csv: no column 'titel'"):
-        open_sources(config, World())
+        open_sources(config, Needs(), World())
     assert not list(tmp_path.rglob("*.tar"))
 
 

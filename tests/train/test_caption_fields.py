@@ -113,3 +113,7 @@ def test_validation_looks_at_data_that_is_here(
     assert "did you mean json.more?" in capsys.readouterr().err
     path.write_text(text.replace("SHARDS", str(tmp_path / "elsewhere.tar")).replace("FIELD", "json.mor"))
     assert main(["configs", "validate", str(path)]) == 0
+    (tmp_path / "pairs.csv").write_text("filepath,caption\na.png,a\n")
+    path.write_text(text.replace("SHARDS", str(tmp_path / "pairs.csv")).replace("FIELD", "titel"))
+    assert main(["configs", "validate", str(path)]) == 2
+    assert "no column 'titel'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -194,6 +195,8 @@ def _job(
     from clipkit.data.making.writing import MakeJob
     from clipkit.evaluation.collections import READERS
 
+    if data.is_dir() and os.path.realpath(data) == os.path.realpath(out):
+        raise ConfigError(f"--out {out} is the folder that is read", "choose another folder for the shards")
     folder = None if dry_run else _nearest(out)
     with StageProgress() as stage:
         collection = open_collection(data, reading, kind, folder, READERS, _counter(stage, "entries listed"))

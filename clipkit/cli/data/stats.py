@@ -62,9 +62,9 @@ def stats(
     """Describe shards: lengths and truncation of captions, duplicates, sizes and formats of images.
 
     Truncation is counted by script (Latin, Cyrillic, Han, ...), told by letters without a language model.
-    Duplicates are exact, by 64-bit hashes; beyond 16.8 million of a kind a random share of them is looked at,
-    and said so. With --out an interrupted run continues, and shares by --start and --end leave records there,
-    which the same command without them puts together.
+    Duplicates are exact, by 64-bit hashes; beyond 8.4 million different ones of a kind a random share of them
+    is looked at, and said so. With --out an interrupted run continues, and shares by --start and --end leave
+    records there, which the same command without them puts together.
 
     Example: clipkit data stats train/ --out stats --workers 8
     """

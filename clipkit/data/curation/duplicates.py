@@ -1,7 +1,9 @@
 """Duplicates: exact ones, near ones, and samples whose picture is in an evaluation set.
 
 Of every group the first sample, in the order of the shards, stays. Near duplicates are connected components:
-a chain of similar pictures is one group, even where its ends differ by more than the bound.
+a chain of similar pictures is one group, even where its ends differ by more than the bound. Each kind looks
+at every sample, so one goes too when what it duplicates goes for another kind; what an evaluation set holds
+goes first and is in no group.
 """
 
 from __future__ import annotations
@@ -94,6 +96,13 @@ class DuplicateVerdicts:
         self._bits = self._table("bits", np.uint16, total)
         self._owner = self._table("owner", np.int64, total)
         self._owner[:] = -1
+        self._gone = np.uint16(0)  # rules whose samples are in no group
+        self.matches = 0
+        if evaluation is not None:
+            self._evaluation_file = survey.work.place("evaluation.jsonl")
+            self.matches = self._mark_evaluation(evaluation)
+            # What goes for that must not be what another sample of its group goes for.
+            self._gone = np.uint16(1 << self.rules.index(EVALUATION))
         for kind in likeness.exact:
             for numbers, firsts in repeated(self._digests(kind), total, survey.work.place("buckets").parent):
                 self._mark(kind, numbers, firsts)
@@ -104,10 +113,6 @@ class DuplicateVerdicts:
             components = Components(total)
             join_similar(components, self.vectors, likeness.cosine, likeness.neighbours)
             self._mark_components(EMBEDDING, np.arange(total), components.lowest())
-        self.matches = 0
-        if evaluation is not None:
-            self._evaluation_file = survey.work.place("evaluation.jsonl")
-            self.matches = self._mark_evaluation(evaluation)
         for number in range(len(survey.shards)):
             unusable = np.flatnonzero(unusable_rows(survey.rows(HASHES, number)))
             self._bits[unusable + self._starts[number]] = 1 << (len(self.rules) - 1)
@@ -119,9 +124,13 @@ class DuplicateVerdicts:
         return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(size,))
 
     def _usable(self, number: int) -> tuple[Numbers, Any]:
-        rows = self._survey.rows(HASHES, number)
-        places = np.flatnonzero(~unusable_rows(rows))
-        return places + self._starts[number], rows[places]
+        places = np.flatnonzero(self._compared(number))
+        return places + self._starts[number], self._survey.rows(HASHES, number)[places]
+
+    def _compared(self, number: int) -> NDArray[np.bool_]:
+        """Which samples of a shard may be the duplicate of another, bool (n,)."""
+        gone = self._bits[self._starts[number] : self._starts[number + 1]] & self._gone
+        return ~unusable_rows(self._survey.rows(HASHES, number)) & (gone == 0)
 
     def _digests(self, kind: str) -> Iterator[tuple[Numbers, NDArray[Any]]]:
         for number in range(len(self._survey.shards)):
@@ -168,9 +177,7 @@ class DuplicateVerdicts:
             else:
                 vectors = self._given[self._starts[number] : self._starts[number + 1]]
             unit = unit_rows(np.asarray(vectors))
-            places = np.flatnonzero(
-                ~unusable_rows(self._survey.rows(HASHES, number)) & np.isfinite(unit).all(axis=1)
-            )
+            places = np.flatnonzero(self._compared(number) & np.isfinite(unit).all(axis=1))
             yield places + self._starts[number], unit[places]
 
     def _batches(self) -> list[list[int]]:

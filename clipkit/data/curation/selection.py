@@ -325,12 +325,19 @@ def write_parts(
 
 def copy_shard(path: Path, shard: str, keep: NDArray[np.bool_]) -> ShardRecord:
     """Writes the samples of a shard that `keep` names, every member as it is."""
-    samples = (sample for sample, kept in zip(walked_samples(shard), keep.tolist(), strict=True) if kept)
-    members = (
-        (sample.key, {extension: sample.chunk[a:b] for extension, (a, b) in sample.members.items()})
-        for sample in samples
-    )
-    return write_copied_shard(path, members)
+
+    def members() -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        passed = 0
+        for passed, sample in enumerate(walked_samples(shard), 1):
+            if passed <= len(keep) and keep[passed - 1]:
+                yield sample.key, {name: sample.chunk[a:b] for name, (a, b) in sample.members.items()}
+        if passed != len(keep):
+            raise DataError(
+                f"{shard}: {passed} samples instead of {len(keep)}: it changed while it was read",
+                "start the same command again when it is at rest",
+            )
+
+    return write_copied_shard(path, members())
 
 
 def unusable_rows(rows: Rows) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ Loads no torch, but for `sharing`.
 
 from __future__ import annotations
 
-from clipkit.data.raw.cache import Made, Rules, made_shards
-from clipkit.data.raw.reading import Raw, raw_path
+from clipkit.data.raw.cache import Made, Rules, check_columns, made_shards
+from clipkit.data.raw.reading import Raw, raw_of, raw_path
 
-__all__ = ["Made", "Raw", "Rules", "made_shards", "raw_path"]
+__all__ = ["Made", "Raw", "Rules", "check_columns", "made_shards", "raw_of", "raw_path"]

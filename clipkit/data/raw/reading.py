@@ -15,6 +15,7 @@ from clipkit.data.making.collection import LIST, Found
 from clipkit.data.making.folders import IMAGE_SUFFIXES, TEXT_SUFFIX, walk_files
 from clipkit.data.making.opening import READERS, detect
 from clipkit.data.making.tables import TABLE_SUFFIXES, choose_columns, read_table
+from clipkit.data.options import Source
 from clipkit.data.source import scheme_of
 from clipkit.data.tables import ImageRoot, table_suffix
 from clipkit.types import ConfigError, DataError
@@ -68,6 +69,19 @@ def raw_path(shards: str | Sequence[str]) -> Path | None:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
     return None
+
+
+def raw_of(source: Source, path: Path) -> Raw:
+    """Returns the raw data at `path` as a source names it; ConfigError for `lines`, which are for shards."""
+    if any(caption.lines for caption in source.captions):
+        raise ConfigError(
+            f"data.train has captions with `lines: true` in {path}, which holds no shards",
+            "leave `lines` out: every line of the .txt of a pair is a caption as it is, and several captions "
+            "of a table stand in columns or lists of their own",
+        )
+    root = None if source.image_root is None else Path(source.image_root)
+    names = tuple(caption.field.removeprefix("json.") for caption in source.captions)
+    return Raw(path, root, source.image_key, names)
 
 
 @dataclass(frozen=True)

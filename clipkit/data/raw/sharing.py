@@ -9,7 +9,7 @@ from pathlib import Path
 from clipkit import dist
 from clipkit.data.options import Source
 from clipkit.data.raw.cache import Made, Progress, Rules, Say, check_columns, made_shards, read_record
-from clipkit.data.raw.reading import Raw, raw_path
+from clipkit.data.raw.reading import raw_of, raw_path
 from clipkit.data.waiting import together
 from clipkit.types import ConfigError
 
@@ -21,21 +21,9 @@ def refuse_unknown_columns(sources: Sequence[Source], world: dist.World) -> None
         for source in sources if world.is_main else ():
             path = raw_path(source.shards)
             if path is not None:
-                check_columns(_raw(source, path))
+                check_columns(raw_of(source, path))
 
     together(look)
-
-
-def _raw(source: Source, path: Path) -> Raw:
-    if any(caption.lines for caption in source.captions):
-        raise ConfigError(
-            f"data.train has captions with `lines: true` in {path}, which holds no shards",
-            "leave `lines` out: every line of the .txt of a pair is a caption as it is, and several captions "
-            "of a table stand in columns or lists of their own",
-        )
-    root = None if source.image_root is None else Path(source.image_root)
-    names = tuple(caption.field.removeprefix("json.") for caption in source.captions)
-    return Raw(path, root, source.image_key, names)
 
 
 def shards_of(source: Source, rules: Rules, world: dist.World, say: Say, progress: Progress) -> Source:
@@ -55,7 +43,7 @@ def shards_of(source: Source, rules: Rules, world: dist.World, say: Say, progres
                 "they belong to a CSV, TSV or Parquet table; remove them, or name the table",
             )
         return source
-    raw = _raw(source, path)
+    raw = raw_of(source, path)
 
     def make() -> Made:
         return made_shards(raw, rules, say if world.is_main else _say_nothing, progress)

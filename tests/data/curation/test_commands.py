@@ -19,6 +19,7 @@ from PIL import Image
 from clipkit.cli.app import main
 from clipkit.data import hard_captions
 from clipkit.data.curation import duplicates, selection
+from clipkit.types import DataError
 from tests.commands import fails, misused
 from tests.data.curation.test_rules import datacomp_threshold, published_matches
 from tests.data.makers import Members, encoded, png, write_tar
@@ -303,7 +304,7 @@ def test_samples_without_a_score_go_and_count_in_no_fraction(tmp_path: Path) -> 
         if name.endswith(".parquet"):
             pytest.importorskip("pyarrow")
         out = tmp_path / f"by {name}"
-        next_table = tmp_path / ("s.csv" if name == "field" else "s.parquet")
+        next_table = tmp_path / {"field": "s.csv", "s.csv": "s.parquet", "s.parquet": "last.csv"}[name]
         scored = ("--clip-score", given, "--top", 0.5)
         assert run("filter", folder, "--out", out, *scored, "--scores-out", next_table) == 0
         assert {key.rpartition(".")[0] for key in members(out)} == wanted
@@ -445,7 +446,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["filter", "POOL", "--out", "OUT", *BY_FIELD, "--top", "1.5"], 2, "not within"),
     (["filter", "POOL", "--out", "OUT", "--clip-score", "json.no", "--top", "0.5"], 3, "anything at json.no"),
     (["filter", "POOL", "--out", "OUT", "--basic", "--caption", "json.text"], 3, "anything at json.text"),
-    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.scor", "--min", "0.1"], 3, "mean json.score?"),
+    (["filter", "POOL", "--out", "OUT", "--clip-score", "json.scor", "--min", "0.1"], 3, "at json.scor"),
     (["filter", "POOL", "--out", "OUT", "--language", "en"], 3, "anything at json.language"),
     (["dedup", "POOL", "--out", "OUT", "--by", "caption", "--caption", "json.c"], 3, "55 missing caption"),
     (["filter", "POOL", "--out", "OUT", "--clip-score", "none.csv", "--top", "0.5"], 2, "none.csv"),
@@ -482,6 +483,14 @@ def test_bad_input_is_one_line_of_cause_and_one_of_cure(
     names = {"POOL": str(pool), "OUT": str(tmp_path / "-o \u00fc\nt")}
     fails(capsys, code, cause, "data", *(names.get(argument, argument) for argument in arguments))
     assert not list(Path(names["OUT"]).glob("*.tar"))
+
+
+@pytest.mark.parametrize("kept", [2, 4])
+def test_a_shard_that_changes_while_it_is_copied_is_an_error(tmp_path: Path, kept: int) -> None:
+    write_tar(tmp_path / "0.tar", [[(f"{n}.png", png(n)), (f"{n}.txt", b"x")] for n in range(3)])
+    with pytest.raises(DataError, match=f"3 samples instead of {kept}: it changed"):
+        selection.copy_shard(tmp_path / "out.tar", str(tmp_path / "0.tar"), np.ones(kept, dtype=np.bool_))
+    assert not (tmp_path / "out.tar").exists()
 
 
 def test_what_is_refused_leaves_nothing_behind(pool: Path, tmp_path: Path) -> None:

@@ -206,6 +206,25 @@ def test_vectors_are_joined_as_by_a_comparison_of_all(monkeypatch: pytest.Monkey
         assert cosines == pytest.approx((unit[mine] * unit[theirs]).sum(axis=1))
 
 
+def test_what_an_evaluation_set_holds_takes_no_other_sample_along(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3)).astype(np.uint8)
+    pictures = [Image.fromarray(each) for each in noise]
+    # The first is in the evaluation set; the second has its caption and another picture.
+    members = [
+        [(f"{n}.png", encoded(picture, "PNG")), (f"{n}.txt", b"same" if n < 2 else b"other")]
+        for n, picture in enumerate(pictures)
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    hashes = np.array([perceptual_hash(pictures[0])], np.uint64)
+    likeness = Likeness(("caption",), phash=True)
+    job = Deduplication(likeness, Target(tmp_path / "out", None), ("caption",), evaluation_sets=("e",))
+    evaluation = Evaluation((Single(),), hashes, np.array([True]))
+    done = run_dedup(job, [str(tmp_path / "0.tar")], Engine(), evaluation=lambda: evaluation)
+    assert done.summary is not None
+    assert done.summary.rules == {"caption": (0, 0), "evaluation": (1, 1), "unusable": (0, 0)}
+    assert done.summary.kept == 2
+
+
 class Single:
     def __len__(self) -> int:
         return 1

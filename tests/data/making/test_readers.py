@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from clipkit.cli.app import main
 from clipkit.data.making import Making, Reading, make_evaluation_set, make_shards, open_collection
 from clipkit.data.making.tables import ParquetImages
 from clipkit.evaluation.collections import READERS
@@ -378,3 +379,13 @@ def test_pictures_in_a_large_row_group_are_read_a_few_at_a_time(tmp_path: Path) 
     assert peak < number * size / 4
     with pytest.raises(ValueError, match="row 300 of 300"):
         images.read("300")
+
+
+def test_shards_are_not_written_among_the_pairs_that_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "pairs", ["a.jpg"])
+    (tmp_path / "pairs" / "a.txt").write_text("a")
+    assert main(["data", "make-shards", str(tmp_path / "pairs"), "--out", str(tmp_path / "pairs" / "")]) == 2
+    assert "is the folder that is read" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == ["a.jpg", "a.txt"]
