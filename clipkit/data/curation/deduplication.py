@@ -33,6 +33,7 @@ from clipkit.data.fingerprints import shard_inputs
 from clipkit.data.finished import Ended
 from clipkit.data.shards import ShardRecord
 from clipkit.data.source import is_remote, plain_shards
+from clipkit.redaction import redact
 from clipkit.types import ConfigError
 
 MAX_DISTANCE = 16  # of 64 bits: unrelated pictures are near 32, and the search grows with it
@@ -102,14 +103,14 @@ class Deduplication:
         """Returns what rows and outputs depend on besides files, by the options of the command."""
         likeness = self.likeness
         return {
-            "by": list(dict.fromkeys([*self.within, *likeness.hashes])),
+            "by": sorted({*self.within, *likeness.exact}),
             "caption": self.caption,
             "distance": likeness.distance,
             "embeddings": self.embeddings or (self.embedded_by[0] if self.embedded_by else None),
             "precision": self.embedded_by[-1] if self.embedded_by else None,
             "cosine": likeness.cosine,
             "neighbours": likeness.neighbours,
-            "against": [*self.evaluation_sets[:-1], *self.against],
+            "against": [*self.evaluation_sets[:-1], *map(redact, self.against)],
             "split": self.evaluation_sets[-1:],
             "uid-field": self.uid_field,
         }

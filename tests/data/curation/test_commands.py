@@ -19,10 +19,12 @@ from PIL import Image
 from clipkit.cli.app import main
 from clipkit.data import hard_captions
 from clipkit.data.curation import duplicates, selection
+from clipkit.data.finished import FOLDER
 from clipkit.types import DataError
 from tests.commands import fails, misused
 from tests.data.curation.test_rules import datacomp_threshold, published_matches
 from tests.data.makers import Members, encoded, png, write_tar
+from tests.data.servers import serving
 
 CAPTIONS = (
     "a small dog",
@@ -491,6 +493,17 @@ def test_a_shard_that_changes_while_it_is_copied_is_an_error(tmp_path: Path, kep
     with pytest.raises(DataError, match=f"3 samples instead of {kept}: it changed"):
         selection.copy_shard(tmp_path / "out.tar", str(tmp_path / "0.tar"), np.ones(kept, dtype=np.bool_))
     assert not (tmp_path / "out.tar").exists()
+
+
+def test_logins_of_shards_elsewhere_are_in_no_file(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    write_tar(tmp_path / "other" / "0.tar", [sample(500, image=encoded(photo(4), "PNG"))])
+    with serving(tmp_path / "other") as server:
+        address = server.url.replace("://", "://somebody:hunter22@") + "/0.tar?sig=hunter33"
+        assert run("dedup", pool, "--out", tmp_path / "out", "--against", address) == 0
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert FOLDER in {path.parent.name for path in written}
+    assert not [path for path in written if b"hunter" in path.read_bytes()]
 
 
 def test_what_is_refused_leaves_nothing_behind(pool: Path, tmp_path: Path) -> None:
