@@ -81,14 +81,13 @@ class Finished:
         """
         done = self._done()
         if done is not None and not overwrite:
-            outputs = {os.path.normpath(self._folder / name): size for name, size in done["outputs"].items()}
+            outputs = {os.path.abspath(self._folder / name): size for name, size in done["outputs"].items()}
             lost = {path for path, size in outputs.items() if not is_whole(Path(path), size)}
             if not lost:
-                # Of a kill between the last two steps.
-                shutil.rmtree(self._own, ignore_errors=True)
+                self._remove_left()
                 shards = sum(path.endswith(".tar") for path in outputs)
                 return Ended(shards, done["samples"], done["result"])
-            others = {*map(os.path.normpath, held)} - outputs.keys()
+            others = {*map(os.path.abspath, held)} - outputs.keys()
             strange = sorted(others) + sorted(filter(os.path.lexists, lost))
             if strange:
                 raise ConfigError(f"{strange[0]} is not what this command wrote there", cure)
@@ -97,8 +96,7 @@ class Finished:
         if take:
             self._made_folder = not self._folder.exists()
             with beginning(self._folder):
-                if done is not None:
-                    shutil.rmtree(self._own, ignore_errors=True)
+                self._remove_left()
                 self.place("")
                 # After that: killed in between, the outputs are still known to somebody.
                 (self._all / _DONE).unlink(missing_ok=True)
@@ -150,6 +148,12 @@ class Finished:
         if self._made_folder:
             with suppress(OSError):  # what else lies there keeps it
                 self._folder.rmdir()
+
+    def _remove_left(self) -> None:
+        """Removes the records that a kill left between the last two steps of a job that has ended."""
+        # Asked now: while its outputs were looked at, a machine that shares the job may have begun it anew.
+        if self._done() is not None:
+            shutil.rmtree(self._own, ignore_errors=True)
 
     def _done(self) -> dict[str, Any] | None:
         done = _read(self._all / _DONE)

@@ -32,6 +32,8 @@ JOBS = {
                     ["--max-aspect", "2"], "--max-aspect unset -> 2.0"),
     "dedup": (["dedup", "IN", "--out", "OUT", "--by", "caption"],
               ["--by", "image"], '--by ["caption"] -> ["caption", "image"]'),
+    "against": (["dedup", "IN", "--out", "OUT", "--by", "caption", "--against", "IN/../other/0.tar"],
+                ["--by", "phash"], '--by ["caption"] -> ["caption", "phash"]'),
     "hard-captions": (["hard-captions", "IN", "--out", "OUT"],
                       ["--num", "1"], "--num 2 -> 1"),
     "repair": (["check-shards", "IN", "--repair", "OUT"],
@@ -67,6 +69,8 @@ def test_an_ended_job_is_left_alone_or_refused_with_what_differs(
         changed = inputs / "000.tar"
         for shard in range(3):
             write_tar(inputs / f"{shard:03d}.tar", [sample(11 * shard + n) for n in range(11)])
+    (tmp_path / "other").mkdir()
+    write_tar(tmp_path / "other" / "0.tar", [sample(500)])
     command = ["data", *(each.replace("IN", str(inputs)).replace("OUT", str(out)) for each in arguments)]
     command += ["--workers", "1"]
     assert main(command) == 0
@@ -152,6 +156,43 @@ def test_a_kill_between_the_last_two_steps_is_an_end(tmp_path: Path, monkeypatch
     # What is made once more is not taken for what has ended.
     assert job.begin([tmp_path / "0.tar"], overwrite=True) is None
     assert job.begin([tmp_path / "0.tar"]) is None
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_machine_that_comes_late_leaves_the_records_of_the_one_that_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    from clipkit.data import finished
+
+    first, second = (Finished(tmp_path, {"job": "j"}) for _ in range(2))
+    first.begin([])
+    (tmp_path / "0.tar").write_bytes(b"finished")
+    first.end([tmp_path / "0.tar"], 3)
+    if lost:
+        (tmp_path / "0.tar").unlink()
+
+    def meanwhile(*_: object) -> bool:
+        monkeypatch.undo()
+        assert first.begin([], overwrite=not lost) is None
+        first.put("0", {"samples": 3})
+        return not lost
+
+    monkeypatch.setattr(finished, "is_whole", meanwhile)
+    assert (second.begin([]) is None) == lost
+    assert first.get("0") == {"samples": 3}
+
+
+def test_a_path_that_is_written_otherwise_is_the_same_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys, job = tmp_path / "keys.csv", Finished(Path("out"), {"job": "j"})
+    job.begin([])
+    for path in (keys, Path("out/0.tar")):
+        path.write_bytes(b"finished")
+    job.end([keys, Path("out/0.tar")], 3)
+    Path("out/0.tar").unlink()
+    assert job.begin([keys]) is None
 
 
 @pytest.mark.parametrize(
