@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from clipkit.data.curation.selection import Target, working
 from clipkit.data.curation.survey import OnPart
 from clipkit.data.engine import Engine
-from clipkit.data.finished import Ended, is_whole
+from clipkit.data.finished import Ended, Finished, is_whole
 from clipkit.data.sample import MAX_JSON_BYTES, RawSample, Unusable, caption
 from clipkit.data.shard_folder import SUMMARIES, begin_shards
 from clipkit.data.shards import ShardRecord, finish_train_shards, shard_name, write_copied_shard
@@ -284,14 +284,16 @@ class Outcome:
     ended: Ended | None = None
 
 
-def _refuse_unread(options: HardCaptions, found: Sequence[Written]) -> None:
-    """Raises DataError when no sample had a caption: the field is a mistake."""
+def _refuse_unread(options: HardCaptions, found: Sequence[Written], folder: Path, work: Finished) -> None:
+    """Raises DataError when no sample had a caption: the field is a mistake, and what was written goes."""
     samples = sum(written.record.samples for written in found)
     without = sum(sum(written.reasons.values()) for written in found)
     if samples and without == samples:
         reasons = Counter[str]()
         for written in found:
             reasons.update(written.reasons)
+            (folder / written.record.name).unlink(missing_ok=True)
+        work.clear()
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise DataError(
             f"no caption could be read from {options.caption} ({why})", "name the field with --caption"
@@ -350,7 +352,7 @@ def write_hard_captions(
         ]
         whole = len(numbers) == len(shards)
         if whole:
-            _refuse_unread(options, found)
+            _refuse_unread(options, found, folder, work)
         if whole and not dry_run:
             records = finish_train_shards(out, [written.record for written in found])
             outputs = (out / name for name in (*SUMMARIES, *(record.name for record in records)))

@@ -159,7 +159,7 @@ def test_a_field_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     options = HardCaptions(caption="json.nope")
     with pytest.raises(DataError, match=r"no caption could be read from json\.nope"):
         write_hard_captions([str(source)], tmp_path / "out", options, Engine(), range)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_objective_reads_the_field_that_is_written() -> None:

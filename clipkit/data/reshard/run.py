@@ -22,6 +22,7 @@ from clipkit.data.reshard.write import write_output
 from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, shards_in
 from clipkit.data.shards import ShardRecord, finish_train_shards
 from clipkit.data.uid_subset import UidSubset
+from clipkit.types import DataError
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -64,22 +65,20 @@ class Resharding:
         self._stack.__exit__(kind, error, trace)
 
     def begin(self, overwrite: bool = False) -> Ended | None:
-        """Makes the output folders, or continues there; returns what is there when the job has ended.
+        """Takes the output folder, or continues there; returns what is there when the job has ended.
 
         ConfigError when they hold shards of another job.
         """
         for folder in self.job.folders:
             refuse_foreign(folder)
         held = shards_in(self.job.folders)
-        ended = self._work.begin(held, overwrite=overwrite, take=not self.dry_run)
-        if ended is None and not self.dry_run:
-            with beginning(self.job.out):
-                for folder in self.job.folders:
-                    begin_shards(folder, *SUMMARIES)
-        return ended
+        return self._work.begin(held, overwrite=overwrite, take=not self.dry_run)
 
     def plan(self) -> Plan:
-        """Returns the plan: the one that an interrupted job left, or a new one from a walk."""
+        """Returns the plan: the one that an interrupted job left, or a new one from a walk.
+
+        Raises DataError, and leaves nothing behind, when a side of it would be empty.
+        """
         if self.dry_run:
             scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="clipkit-")))
             self._work = Finished(scratch, self.job.description())
@@ -97,11 +96,17 @@ class Resharding:
                 record = work.get(PLAN)
                 if record is None:
                     raise
+            except DataError:
+                work.clear()  # of no use to the command that is corrected
+                raise
             remove_choices(folder, len(self.job.shards))
         return plan_of(self.job, folder, record)
 
     def write(self, plan: Plan, numbers: range) -> Counter[str]:
         """Writes those of the output shards `numbers` that are not there; returns what was counted in all."""
+        with beginning(self.job.out):
+            for folder in self.job.folders:
+                begin_shards(folder, *SUMMARIES)
         counts: Counter[str] = Counter()
         pending = []
         samples = 0
