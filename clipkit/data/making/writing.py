@@ -127,7 +127,8 @@ class MakeJob:
     def begin(self, overwrite: bool) -> Ended | None:
         """Makes the folder, or continues there; returns what is there already when the job has ended.
 
-        ConfigError when the folder holds shards of something else, or what another command made.
+        ConfigError when the folder holds shards of something else, or what another command made; DataError
+        when an ended job left more rows out than this one bears with.
         """
         self._new_folders = [folder for folder in (self.folder, self.out) if not folder.exists()]
         refuse_foreign(self.folder)
@@ -135,6 +136,14 @@ class MakeJob:
         if ended is None:
             with beginning(self.folder):
                 begin_shards(self.folder, *SUMMARIES, "nshards.txt")
+            return None
+        rows = len(self.collection)
+        rejected = rows - ended.samples
+        if rejected > self.making.max_reject_fraction * rows:
+            raise DataError(
+                f"{self.out / _REJECTS}: {rejected:,} of {rows:,} rows are unusable",
+                "correct them and pass --overwrite, or allow more with --max-reject-fraction",
+            )
         return ended
 
     def bounds(self, engine: Engine, progress: Progress | None = None) -> list[int]:
@@ -170,13 +179,7 @@ class MakeJob:
         self, engine: Engine, progress: Progress | None, sizes: bool
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         parts = (
-            (
-                self.layout,
-                self.collection.images,
-                self.making.rules if sizes else UNCHANGED,
-                start,
-                entries,
-            )
+            (self.layout, self.collection.images, self.making.rules if sizes else UNCHANGED, start, entries)
             for start in range(0, len(self.collection), _SURVEY_BLOCK)
             for entries in [self.collection.part(start, start + _SURVEY_BLOCK)]
         )

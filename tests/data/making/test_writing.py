@@ -121,6 +121,13 @@ def test_rejects_are_counted_listed_and_bounded(tmp_path: Path, workers: int) ->
     assert not (tmp_path / "out").exists()
     make_shards(collection, tmp_path / "out", Making(3, max_reject_fraction=0.7), Engine(workers))
     assert rejects(tmp_path / "out") == REASONS
+    before = bytes_of(tmp_path / "out")
+    # What has ended is measured by the bound of the command that asks again: 9 of 14 rows.
+    for bound in (0.7, 9 / 14):
+        assert make_shards(collection, tmp_path / "out", Making(3, max_reject_fraction=bound))
+    with pytest.raises(DataError, match="9 of 14 rows are unusable"):
+        make_shards(collection, tmp_path / "out", Making(3, max_reject_fraction=0.64))
+    assert bytes_of(tmp_path / "out") == before
     found = samples(tmp_path / "out")
     assert [members["txt"].decode() for members in found.values()] == [
         f"caption {n}" for n in (0, 2, 4, 6, 8)
