@@ -22,6 +22,7 @@ from clipkit.data.source import Unreadable
 from clipkit.types import ConfigError, DataError
 from tests.data.damages import SAMPLES, sample, tar_bytes
 from tests.data.makers import png
+from tests.data.servers import serving
 
 RULES = SampleRules()
 CONTENT = tar_bytes([sample(number) for number in range(SAMPLES)])
@@ -119,3 +120,18 @@ def test_texts_of_evaluation_sets_that_differ_are_refused(tmp_path: Path) -> Non
     (tmp_path / "b" / "classnames.txt").write_text("dog\n")
     repair.repair_set(shards, found, RULES, out, Engine())
     assert (out / "classnames.txt").read_text() == "dog\n"
+
+
+def test_a_shard_elsewhere_that_changed_is_no_longer_what_was_repaired(tmp_path: Path) -> None:
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(tar_bytes([sample(100)]))
+    with serving(folder) as server:
+        shards = [f"{server.url}/0.tar"]
+        repair.repair_set(shards, check_set(shards, range(1), RULES, Engine()), RULES, out, Engine())
+        ended = repair.repaired(shards, RULES, out)
+        assert ended is not None
+        assert ended.samples == 1
+        (folder / "0.tar").write_bytes(tar_bytes([sample(101)]))
+        with pytest.raises(ConfigError, match=r"0\.tar changed"):
+            repair.repaired(shards, RULES, out)

@@ -18,7 +18,9 @@ from clipkit.data.checking.job import SetCheck
 from clipkit.data.checking.samples import SampleRules
 from clipkit.data.checking.shard import is_dotted, samples_of
 from clipkit.data.engine import Engine
+from clipkit.data.fingerprints import shard_inputs
 from clipkit.data.finished import ELSEWHERE, Ended, Finished, is_whole, storing
+from clipkit.data.http_ranges import Transient
 from clipkit.data.scan import DOTTED, KEY_TWICE, Grouper, OpenShard, SampleSpan, opened_shard
 from clipkit.data.shard_folder import SUMMARIES, refuse_source, shards_in
 from clipkit.data.shard_records import OnShard
@@ -106,8 +108,8 @@ def _records(shards: Sequence[str], rules: SampleRules, out: Path) -> Finished:
     rules_of = rules_beside(shards, rules)
     # The classes that a label may name are told by a file beside the shards.
     inputs = [
-        [*_identity(shard), rule.evaluation, rule.classes]
-        for shard, rule in zip(shards, rules_of, strict=True)
+        [*facts, rule.evaluation, rule.classes]
+        for facts, rule in zip(_identities(shards), rules_of, strict=True)
     ]
     options = {"caption": list(rules.captions), "max-pixels": rules.max_pixels}
     return Finished(out, {"job": "check-shards --repair", "options": options, "inputs": inputs})
@@ -220,14 +222,13 @@ def _target(shard: str, out: Path) -> Path:
     return _folder(shard, out) / os.path.basename(shard.partition("?")[0] if is_remote(shard) else shard)
 
 
-def _identity(shard: str) -> list[Any]:
-    if is_remote(shard):
-        return [redact(shard)]
+def _identities(shards: Sequence[str]) -> list[list[Any]]:
     try:
-        status = os.stat(shard)
-    except OSError:
-        return [writable(os.path.abspath(shard))]
-    return [writable(os.path.abspath(shard)), status.st_size, status.st_mtime_ns]
+        return shard_inputs(shards)
+    except (DataError, Transient):
+        if len(shards) == 1:
+            return [[redact(shards[0])]]  # what is out of reach is for the check to say
+    return [facts for shard in shards for facts in _identities([shard])]
 
 
 def _repair_shard(shard: str, rules: SampleRules, target: str, damaged: bool, samples: int) -> dict[str, Any]:
