@@ -84,6 +84,8 @@ class Target:
             for path in (*map(str, inputs), *(shard for shard in shards if not is_remote(shard))):
                 if os.path.realpath(path) == os.path.realpath(output):
                     raise ConfigError(f"{option} {output} is read by this job", "name another file")
+        if self.keys_out and scores_out and os.path.realpath(self.keys_out) == os.path.realpath(scores_out):
+            raise ConfigError(f"--keys-out and --scores-out both name {scores_out}", "name two files")
         if self.out is not None:
             refuse_source([self.out], shards)
 

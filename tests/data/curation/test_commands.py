@@ -218,6 +218,10 @@ def test_scores_of_another_job_are_not_replaced(
     by_table = ("--clip-score", scores, "--min", 0.3, "--scores-out", scores)
     assert run("filter", pool, "--out", tmp_path / "b", *by_table, "--overwrite") == 2
     assert "is read by this job" in capsys.readouterr().err
+    keys = ("--keys-out", tmp_path / "k.csv", "--scores-out", tmp_path / "k.csv")
+    assert run("filter", pool, "--clip-score", "json.score", "--min", 0.3, *keys) == 2
+    assert "both name" in capsys.readouterr().err
+    assert not (tmp_path / "k.csv").exists()
 
 
 def test_tables_are_parquet_where_the_name_says_so(pool: Path, tmp_path: Path) -> None:
