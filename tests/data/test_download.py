@@ -291,7 +291,7 @@ def test_folders_that_are_not_its_own(
         ("a.txt", b"https://h/1\nhttps://h/a,b\n", DataError, "a.txt:2: an address with a comma"),
         ("a.jsonl", b"[1]\n", DataError, "no JSON object"),
         ("a.jsonl", b"{\n", DataError, "no JSON"),
-        ("a.parquet", b"PAR1", DataError, "not a readable Parquet"),
+        ("a.parquet", b"PAR1", DataError, "a.parquet: cannot be read"),
         ("a.csv.gz", b"no gzip", DataError, "not a readable csv.gz"),
         ("folder", b"", ConfigError, "no list of addresses"),
     ],
