@@ -81,7 +81,10 @@ def _document(path: Path) -> Mapping[str, Any]:
 
 
 def _kept(image: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
-    return {name: jsonable(image.get(name)) for name in reading.keep or ()}
+    try:
+        return {name: jsonable(image.get(name)) for name in reading.keep or ()}
+    except RecursionError:
+        raise DataError("a field that is kept is nested too deep", "leave it out of --keep") from None
 
 
 def _karpathy(path: Path, images: list[Any], fields: tuple[str, ...], reading: Reading) -> Found:
