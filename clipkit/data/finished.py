@@ -239,6 +239,13 @@ def storing(folder: Path, *, continues: bool = True) -> Iterator[None]:
         raise  # of the terminal
     except OSError as error:
         again = "start the same command again" + (": it continues" if continues else "")
+        if isinstance(error, FileNotFoundError):
+            # Of two commands that make the same output, the first to end removes the records of both.
+            raise ClipkitError(
+                f"{error.filename or folder} vanished while it was needed: another command "
+                "writes there, too, or somebody removed it",
+                f"let one command at a time write there, then {again}",
+            ) from error
         raise ClipkitError(
             f"{error.filename or folder}: {error.strerror or error}",
             f"make room or repair the storage, then {again}",

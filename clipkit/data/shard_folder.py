@@ -49,6 +49,17 @@ def refuse_source(folders: Iterable[Path], shards: Sequence[str], option: str = 
                 )
 
 
+def refuse_other_layout(out: Path, train: bool) -> None:
+    """Raises ConfigError when an evaluation set lies where training shards are to go, or the other way round.
+
+    Both describe what they left out in one rejects.jsonl, and --overwrite replaces shards of its own layout.
+    """
+    shard = out / "test" / "0.tar" if train else next(iter(sorted(out.glob("*.tar"))), None)
+    if shard is not None and shard.exists():
+        kind = "an evaluation set" if train else "training shards"
+        raise ConfigError(f"{out} already holds {kind}: {shard}", "choose another folder")
+
+
 def refuse_foreign(folder: Path) -> None:
     """Raises ConfigError when sizes.json or manifest.json of `folder` belongs to something else."""
     # The manifest is read first: another machine that begins the same job removes it last.

@@ -211,9 +211,13 @@ def _refuse_holes(spec: str, shards: list[str]) -> None:
 
 
 def _folder(path: str) -> list[str]:
-    names = [
-        name for name in os.listdir(path) if not name.startswith(".") and name.lower().endswith(_TAR_ENDINGS)
-    ]
+    try:
+        listed = os.listdir(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be listed ({error.strerror})", "check the permissions of the folder"
+        ) from error
+    names = [name for name in listed if not name.startswith(".") and name.lower().endswith(_TAR_ENDINGS)]
     if not names:
         raise DataError(
             f"no .tar file in the folder {path!r}", "give the folder that holds the shards themselves"

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from clipkit.data.glyphs.faces import encode_png
-from clipkit.data.making.annotations import choose_splits, refuse_splits
-from clipkit.data.making.collection import Entry, Found, Images, Reading
+from clipkit.data.making.annotations import choose_splits
+from clipkit.data.making.collection import Entry, Found, Images, Reading, refuse_splits
 from clipkit.data.making.opening import Reader
 from clipkit.data.making.tables import with_templates
 from clipkit.data.tables import ImageRoot

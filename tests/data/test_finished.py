@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from clipkit.cli.app import main
-from clipkit.data.finished import FOLDER, Finished, differences
-from clipkit.types import ConfigError
+from clipkit.data.finished import FOLDER, Finished, differences, storing
+from clipkit.types import ClipkitError, ConfigError
 from tests.data.curation.test_commands import sample
 from tests.data.makers import write_tar
 from tests.data.making.makers import table
@@ -209,3 +209,11 @@ def test_a_path_that_is_written_otherwise_is_the_same_output(
 def test_differences_are_said_in_the_words_of_the_command(now: dict[str, object], said: str) -> None:
     before = {"job": "j", "options": {}, "inputs": [["a", 1], ["b", 1]]}
     assert differences(before, {**before, **now}) == said
+
+
+def test_a_file_that_another_command_removed_is_no_fault_of_the_storage(tmp_path: Path) -> None:
+    lost = tmp_path / "record"
+    with pytest.raises(ClipkitError) as found, storing(tmp_path):
+        lost.read_bytes()
+    assert f"{lost} vanished" in str(found.value)
+    assert "make room" not in found.value.cure

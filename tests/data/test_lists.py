@@ -172,6 +172,17 @@ def test_a_list_that_may_not_be_read(tmp_path: Path) -> None:
         expand_shards(str(tmp_path / "list.txt"))
 
 
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [2])
+
+    def locked(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", locked)
+    with pytest.raises(DataError, match="cannot be listed"):
+        expand_shards(str(tmp_path))
+
+
 def test_an_empty_shard_between_others(tmp_path: Path) -> None:
     """A shard of which every row failed is a whole tar without members."""
     write_shard(tmp_path, 0, [Fetched("u", "one", png(1)), Fetched("u", "two", png(2))])

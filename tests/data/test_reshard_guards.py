@@ -137,3 +137,21 @@ def test_a_group_that_no_sample_has_is_no_split(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "in", [9])
     with pytest.raises(DataError, match=r"none of 9 samples has json\.nope"):
         run(tmp_path / "out", inputs, split=(0.5, 0.5), group="json.nope")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"key": "uid"}, "--key without a table"),
+        ({"match": "json.uid"}, "--match without a table"),
+        ({"subset": Path("nowhere.npy")}, "nowhere.npy: no such file"),
+        ({"fields": Path("nowhere.csv")}, "nowhere.csv: no such file"),
+    ],
+)
+def test_options_of_tables_without_one_are_refused(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    inputs = write_inputs(tmp_path / "in", [3])
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path / "out", inputs, **options)
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.making.collection import Entry, Found, Images, Reading
+from clipkit.data.making.collection import Entry, Found, Images, Reading, refuse_splits
 from clipkit.data.making.tables import checked
 from clipkit.data.tables import UNREADABLE_TABLE, ImageRoot, find_root, jsonable, open_table
 from clipkit.types import ConfigError, DataError
@@ -60,12 +60,6 @@ def choose_splits(source: str, found: Sequence[str], reading: Reading) -> tuple[
         if name not in found:
             raise ConfigError(f"{source}: no split '{name}' (found: {listed})", "correct --split")
     return tuple(str(name) for name in chosen)
-
-
-def refuse_splits(source: object, reading: Reading) -> None:
-    """Raises ConfigError when a split is asked for where there are none."""
-    if reading.splits:
-        raise ConfigError(f"{source}: has no splits", "leave --split out")
 
 
 def _document(path: Path) -> Mapping[str, Any]:

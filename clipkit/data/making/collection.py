@@ -84,6 +84,12 @@ class Reading:
             )
 
 
+def refuse_splits(source: object, reading: Reading) -> None:
+    """Raises ConfigError when a split is asked for where there are none."""
+    if reading.splits:
+        raise ConfigError(f"{source}: has no splits", "leave --split out")
+
+
 @dataclass(frozen=True)
 class Found:
     """What a reader found: the entries are streamed once, in order.

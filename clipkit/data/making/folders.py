@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipkit.data.making.collection import Entry, Found, Reading
+from clipkit.data.making.collection import Entry, Found, Reading, refuse_splits
 from clipkit.data.tables import ImageRoot
 from clipkit.types import ConfigError, DataError
 
@@ -86,6 +86,7 @@ def _stems(root: Path, hidden: Counter[str] | None = None) -> Iterator[tuple[lis
 
 def read_pairs(root: Path, reading: Reading) -> Found:
     """Returns the images below a folder with the lines of their text files as captions."""
+    refuse_splits(root, reading)
     kept = _FIELDS if reading.keep is None else reading.keep
     unknown = [name for name in kept if name not in _FIELDS]
     if unknown or reading.captions or reading.image_key or reading.images:

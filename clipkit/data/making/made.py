@@ -46,9 +46,8 @@ class Made:
         """Raises DataError when more than `max_fraction` of `rows` are unusable, naming the first."""
         if self.first is not None and self.rejects.total() > max_fraction * rows:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejects.most_common())
-            first = (
-                f"row {self.first.row}, {self.first.image}: {self.first.reason} {self.first.detail}".rstrip()
-            )
+            detail = f" ({self.first.detail})" if self.first.detail else ""
+            first = f"row {self.first.row}, {self.first.image}: {self.first.reason}{detail}"
             raise DataError(
                 f"{source}: {self.rejects.total():,} of the first {self.rows:,} rows are unusable "
                 f"({reasons}); first: {first}",

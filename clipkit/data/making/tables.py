@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipkit.data.making.collection import LIST, Entry, Found, Images, Reading
+from clipkit.data.making.collection import LIST, Entry, Found, Images, Reading, refuse_splits
 from clipkit.data.parquet import PARQUET_SUFFIXES, ColumnCells, opened_parquet
 from clipkit.data.tables import (
     CAPTION_COLUMNS,
@@ -33,6 +33,7 @@ _CURE = "name the columns with --image-key, --caption-key and --keep"
 
 def read_table(table: Path, reading: Reading) -> Found:
     """Returns the rows of a table. ConfigError or DataError for columns that are not there."""
+    refuse_splits(table, reading)
     if table.suffix.lower() in PARQUET_SUFFIXES:
         return _read_parquet(table, reading)
     columns = read_columns(table)

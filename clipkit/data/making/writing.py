@@ -28,7 +28,13 @@ from clipkit.data.making.images import UNCHANGED, ImageRules
 from clipkit.data.making.made import Made
 from clipkit.data.making.samples import Layout, Tally, usable
 from clipkit.data.scan import scan_shard
-from clipkit.data.shard_folder import SUMMARIES, begin_shards, refuse_foreign, shards_in
+from clipkit.data.shard_folder import (
+    SUMMARIES,
+    begin_shards,
+    refuse_foreign,
+    refuse_other_layout,
+    shards_in,
+)
 from clipkit.data.shards import (
     TEMPORARY,
     Progress,
@@ -131,6 +137,7 @@ class MakeJob:
         when an ended job left more rows out than this one bears with.
         """
         self._new_folders = [folder for folder in (self.folder, self.out) if not folder.exists()]
+        refuse_other_layout(self.out, self.layout.train)
         refuse_foreign(self.folder)
         ended = self.finished.begin(shards_in([self.folder]), overwrite=overwrite)
         if ended is None:

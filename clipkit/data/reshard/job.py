@@ -113,6 +113,13 @@ class Reshard:
             raise ConfigError("--group without --split", "add --split 0.95/0.05")
         if self.fields is None and (self.columns is not None or self.as_text):
             raise ConfigError("--columns and --as need a table", "name it with --add-fields")
+        if self.key is not None and self.fields is None and (self.subset is None or self.uids):
+            raise ConfigError("--key without a table", "name the table with --add-fields or --subset")
+        if self.match is not None and self.fields is None and self.subset is None:
+            raise ConfigError("--match without a table", "name the table with --add-fields or --subset")
+        for path in (self.subset, self.fields):
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{path}: no such file", "correct --subset or --add-fields")
         if self.fields_table is not None:
             columns = self.fields_table.resolved().columns or ()
             if not columns:

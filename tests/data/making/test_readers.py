@@ -351,6 +351,19 @@ def test_tables_with_another_sign_between_columns_say_so(tmp_path: Path, sign: s
     assert "commas" in refused.value.cure
 
 
+@pytest.mark.parametrize("layout", ["table", "pairs"])
+def test_a_split_is_refused_where_there_are_none(tmp_path: Path, layout: str) -> None:
+    path = table(tmp_path, 2)
+    if layout == "pairs":
+        path.unlink()
+        for image in list(tmp_path.rglob("*.jpg")):
+            image.with_suffix(".txt").write_text("a caption")
+        path = tmp_path
+    assert open_collection(path).kind in ("csv", "pairs")
+    with pytest.raises(ConfigError, match="has no splits"):
+        open_collection(path, Reading(splits=("train",)))
+
+
 def test_folders_and_names_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, kind in ((tmp_path / "none", None), (tmp_path / "empty", None), (tmp_path / "none", "pairs")):

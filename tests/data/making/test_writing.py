@@ -172,6 +172,21 @@ def test_other_shards_are_replaced_only_on_demand(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar"]
 
 
+@pytest.mark.parametrize("first", ["train", "evaluation"])
+def test_a_folder_holds_shards_for_training_or_for_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str
+) -> None:
+    second = {"train": "evaluation", "evaluation": "train"}[first]
+    command = ["data", "make-shards", str(table(tmp_path, 8)), "--out", str(tmp_path / "out"), "--to"]
+    assert main([*command, first]) == 0
+    before = bytes_of(tmp_path / "out")
+    for more in ([], ["--overwrite"]):
+        capsys.readouterr()
+        assert main([*command, second, *more]) == 2
+        assert "already holds" in capsys.readouterr().err
+    assert bytes_of(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_too_many_rejects_take_back_only_what_was_made(tmp_path: Path, workers: int) -> None:
     (tmp_path / "good").mkdir()
