@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import itertools
 import json
 import os
 import shutil
@@ -19,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 
 from clipkit.data.engine import Engine
 from clipkit.data.finished import Ended, Finished, beginning, is_whole, storing
-from clipkit.data.indexing import RECORDS, Indexing, write_record
+from clipkit.data.indexing import RECORDS, Indexing
 from clipkit.data.making.collection import Collection, Entry, Images
 from clipkit.data.making.images import UNCHANGED, ImageRules
 from clipkit.data.making.made import Made
-from clipkit.data.making.samples import Layout, Tally, usable
-from clipkit.data.scan import scan_shard
+from clipkit.data.making.parts import make_part, survey_part
+from clipkit.data.making.samples import Layout
 from clipkit.data.shard_folder import (
     SUMMARIES,
     begin_shards,
@@ -42,13 +42,12 @@ from clipkit.data.shards import (
     finish_evaluation_set,
     finish_train_shards,
     shard_name,
-    write_members,
 )
+from clipkit.data.tar_format import BLOCK
 from clipkit.redaction import visible
 from clipkit.types import DataError
 
 _SURVEY_BLOCK = 1000
-_TAR_BLOCK = 512
 _PLAN = "plan"
 _REJECTS = "rejects.jsonl"
 _TEMPLATES = "zeroshot_classification_templates.txt"
@@ -126,7 +125,7 @@ class MakeJob:
                 [Path(collection.source).name, len(collection), collection.listing.digest],
                 ["the class names", *(names or ())],
                 ["the templates", *(self.templates or ())],
-                ["the version of clipkit or Pillow", self.job["clipkit"], self.job["images"].get("pillow")],
+                ["the version of clipkit or Pillow", self.job["clipkit"], PIL.__version__],
             ],
         }
 
@@ -170,7 +169,7 @@ class MakeJob:
         limit = self.making.shard_bytes
         assert limit is not None
         # An archive ends with two empty blocks and is padded to whole records.
-        limit = limit // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * _TAR_BLOCK
+        limit = limit // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * BLOCK
         bounds, samples, used, number = [0], 0, 0, 0
         for sizes, _ in self._survey(engine, progress, sizes=True):
             for size in sizes.tolist():
@@ -191,7 +190,7 @@ class MakeJob:
             for entries in [self.collection.part(start, start + _SURVEY_BLOCK)]
         )
         count = None if progress is None else lambda found: progress(len(found[0]))
-        return engine.map(_survey_part, parts, count)
+        return engine.map(survey_part, parts, count)
 
     def survey(self, engine: Engine, progress: Progress | None = None) -> Made:
         """Returns what would be made: all captions and headers of images are read, nothing is written."""
@@ -237,19 +236,19 @@ class MakeJob:
         made.resumed = len(wanted) - len(pending)
         if self.layout.train:
             (self.folder / RECORDS).mkdir(exist_ok=True)
-        fresh = engine.map(_make_part, (self._part(number, bounds) for number in sorted(pending)))
+        fresh = engine.map(make_part, (self._part(number, bounds) for number in sorted(pending)))
         for number in wanted:
             outcome = None if number in pending else self._known(number)
             if outcome is None:
                 # What vanished in between is made here.
-                outcome = next(fresh) if number in pending else _make_part(*self._part(number, bounds))
+                outcome = next(fresh) if number in pending else make_part(*self._part(number, bounds))
                 self.finished.put(f"{number:05d}", outcome)
             yield outcome
 
     def _part(
         self, number: int, bounds: list[int]
     ) -> tuple[Path, Layout, Images, ImageRules, int, list[Entry]]:
-        """Returns the arguments of `_make_part` for a shard, and notes which file it is going to replace."""
+        """Returns the arguments of `make_part` for a shard, and notes which file it is going to replace."""
         path, first = self.folder / self._name(number), bounds[number]
         self._replaced[number] = _identity(path)
         entries = self.collection.part(first, bounds[number + 1])
@@ -326,36 +325,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _place(images: Images) -> str:
     path = getattr(images, "path", None)
     return "" if path is None else os.path.abspath(path)
-
-
-def _make_part(
-    path: Path, layout: Layout, images: Images, rules: ImageRules, first: int, entries: list[Entry]
-) -> dict[str, Any]:
-    """Writes one shard and returns what became of its entries; no shard without a usable one."""
-    tally = Tally()
-    members = usable(entries, first, layout, images, rules, tally)
-    begin = next(members, None)
-    record = None
-    if begin is not None:
-        record = write_members(path, itertools.chain([begin], members))
-        if layout.train:
-            # Training finds the index of the set without another walk.
-            shard = os.path.abspath(path)
-            write_record(path.parent / RECORDS, shard, scan_shard(shard))
-    return {**tally.outcome(len(entries)), "record": None if record is None else vars(record)}
-
-
-def _survey_part(
-    layout: Layout, images: Images, rules: ImageRules, first: int, entries: list[Entry]
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns what each entry takes up in a tar (0: nothing, it is refused), and what became of them."""
-    tally = Tally()
-    sizes = np.zeros(len(entries), dtype=np.int64)
-    for number, entry in enumerate(entries):
-        for members in usable([entry], first + number, layout, images, rules, tally):
-            contents = [value for name, value in members.items() if name != "__key__"]
-            sizes[number] = sum(_TAR_BLOCK * (1 - -len(value) // _TAR_BLOCK) for value in contents)
-    return sizes, {**tally.outcome(len(entries)), "record": None}
 
 
 def make_shards(
