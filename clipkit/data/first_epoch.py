@@ -28,7 +28,7 @@ from clipkit.data.remote import ShardFiles
 from clipkit.data.rows import Passed, Recipe, Row, SubBatch
 from clipkit.data.sample import RawSample
 from clipkit.data.scan import REMOTE_BLOCK, Blocks, SampleSpan, ShardWalk
-from clipkit.data.source import changed
+from clipkit.data.source import changed, is_remote
 from clipkit.data.tar_index import Index
 from clipkit.data.walked import taken
 from clipkit.data.window import Found, Loaded, WindowRows
@@ -235,7 +235,9 @@ class _Shard:
         self._known = known
         self._records = reader.records
         self._path = path = reader.files.shards[number]
-        (facts,) = fingerprints([path], reader.storage)
+        # Of a remote shard by the reader, which counts what it had to ask for again.
+        remote = is_remote(path)
+        facts = reader.files.facts(number) if remote else fingerprints([path], reader.storage)[0]
         self.blocks = Blocks(
             lambda begin, end: reader.files.read(number, begin, end, facts), facts[0], reader.block
         )

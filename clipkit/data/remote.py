@@ -150,6 +150,10 @@ class ShardFiles:
         """Failed reads that were followed by another attempt, in this process."""
         return self._local.retried + self._remote.retried
 
+    def facts(self, shard: int) -> Facts:
+        """Returns size and stamp of a remote shard. Raises DataError, NoRanges or ConfigError."""
+        return self._remote.facts(self.shards[shard])
+
     def read(self, shard: int, begin: int, end: int, facts: Facts) -> bytes:
         """Returns bytes begin..end of a shard; a remote one must still have these facts.
 
