@@ -132,6 +132,8 @@ def test_f18_a_rank_that_is_missing_is_named_and_the_other_leaves(
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
         assert eventually(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 6, 400)
+        # Saved in the background: it appears some steps later.
+        assert eventually(lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), 60)
         stays, goes = ranks.processes
         assert stays.pid is not None
         assert goes.pid is not None
