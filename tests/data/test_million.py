@@ -1,12 +1,12 @@
 """One million samples through make, check, stats and reshard in little memory, with throughput.
 
-Run it with: pytest -n 0 -m slow -s tests/data/test_million.py. Last result, two cores that many others used
-(load 20 to 35), steps one by one; "each": per second of one processor, which a quiet machine would give:
+Run it with: pytest -n 0 -m slow -s tests/data/test_million.py. Last result (2026-11-23, two idle cores of an AMD
+EPYC, 13 min 4 s); peaks are of the process tree:
 
-    make       131 s,  7,646 samples/s;   4,162 each; peak of the process tree 150 MB
-    check      118 s,  8,465 samples/s;   4,699 each; 173 MB
-    stats      109 s,  9,209 samples/s;   5,207 each; 231 MB
-    reshard  1,162 s,    861 samples/s;   2,086 each; 287 MB (shuffle, split by group, index)
+    make-shards  307 s, 3,257 samples/s; 238 MB (a table of a million rows over ten thousand files)
+    check        118 s, 8,504 samples/s; 173 MB
+    stats        114 s, 8,805 samples/s; 267 MB
+    reshard      243 s, 4,111 samples/s; 285 MB (shuffle, split by group, index)
 """
 
 from __future__ import annotations
