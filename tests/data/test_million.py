@@ -1,7 +1,7 @@
 """One million samples through make, check, stats and reshard in little memory, with throughput.
 
-Run it with: pytest -n 0 -m slow -s tests/data/test_million.py. Last result (2026-11-23, two idle cores of an AMD
-EPYC, 13 min 4 s); peaks are of the process tree:
+Run it with: pytest -n 0 -m slow -s tests/data/test_million.py. Last result (2026-11-23, two idle cores of an
+AMD EPYC, 13 min 4 s); peaks are of the process tree:
 
     make-shards  307 s, 3,257 samples/s; 238 MB (a table of a million rows over ten thousand files)
     check        118 s, 8,504 samples/s; 173 MB
